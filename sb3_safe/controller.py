@@ -1,0 +1,352 @@
+"""KL controllers: how strongly, and beyond which threshold, drift from the reference policy is penalised.
+
+A controller is plain Python with a small state. It is told once per rollout what the rollout showed (returns of
+the finished episodes, KL to the reference, entropy) and answers with the coefficient of the KL term. It is saved
+with the model. :class:`SafeController` is the paper's; the others are the usual baselines.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+from typing import Any, Literal
+
+Phase = Literal["WARMUP", "CLIMBING", "PLATEAU", "CONVERGED"]
+PHASES: tuple[Phase, ...] = ("WARMUP", "CLIMBING", "PLATEAU", "CONVERGED")
+Threshold = Literal["earned", "paper", "constant"]
+
+
+class KLController:
+    """Base of all KL controllers, and the interface of your own.
+
+    Where the coefficient acts is not the controller's business: ``SAFE(kl_estimator="k1")`` subtracts the KL from
+    the reward of each action, the other estimators are terms of the loss.
+    """
+
+    active = True
+
+    def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
+        """Take in one rollout.
+
+        :param returns: undiscounted returns of the episodes that ended in it; may be empty.
+        :param kl: mean KL to the reference, nats per action.
+        :param entropy: mean entropy of the policy, nats per action dimension.
+        """
+
+    def coefficient(self, kl: float = 0.0) -> float:
+        """Coefficient of the KL term, never negative.
+
+        :param kl: KL to the reference measured in the minibatch at hand, nats per action.
+        """
+        return 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, by name."""
+        return {}
+
+
+class NoKL(KLController):
+    """No KL penalty: plain PPO."""
+
+    active = False
+
+
+class FixedKL(KLController):
+    """A constant coefficient, as in most PPO for language models.
+
+    :param coef: coefficient of the KL term, reward units per nat.
+    :raises ValueError: negative coefficient.
+    """
+
+    def __init__(self, coef: float = 0.05) -> None:
+        _require(coef >= 0, "coef", coef, "at least 0")
+        self.coef = coef
+
+    def coefficient(self, kl: float = 0.0) -> float:
+        """See :meth:`KLController.coefficient`."""
+        return self.coef
+
+    def metrics(self) -> dict[str, float]:
+        """See :meth:`KLController.metrics`."""
+        return {"coefficient": self.coef}
+
+
+class AdaptiveKL(FixedKL):
+    """Ziegler's proportional controller: the coefficient follows the KL towards a target.
+
+    ``coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) / horizon)`` once per rollout.
+
+    :param coef: first coefficient.
+    :param target: wanted KL, nats per action.
+    :param horizon: rollouts over which a clipped error adds up to 20 %.
+    :raises ValueError: a parameter outside its range.
+
+    See Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593
+    """
+
+    def __init__(self, coef: float = 0.05, target: float = 0.25, horizon: float = 10.0) -> None:
+        super().__init__(coef)
+        _require(target > 0, "target", target, "positive")
+        _require(horizon > 0, "horizon", horizon, "positive")
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
+        """See :meth:`KLController.update`."""
+        self.coef *= 1 + _clip(kl / self.target - 1, -0.2, 0.2) / self.horizon
+
+
+class SafeController(KLController):
+    """The entropy-gated asymmetric penalty with a moving threshold (layers 2 to 4 of SAFE).
+
+    The penalty is ``c gate ((s - tau) / tau_base)^2`` above the threshold and nothing below. Its derivative with
+    respect to the KL is the coefficient that multiplies a KL term with a gradient:
+
+        ``coefficient = 2 c gate max(0, (s - tau) / tau_base)``,  ``s = max(kl_short, kl of the minibatch)``
+
+    - **KL trackers**: ``kl_short`` and ``kl_long`` are moving averages that start at the first measurement.
+    - **Entropy gate**: ``gate = clip(exp(floor - H), 0.5, 10)``, the ratio of the floor's perplexity to the policy's.
+    - **PID**: error = velocity of the reward's moving average less ``target_velocity``, the reward in units of its
+      running spread, so that returns of 0.7 and of -1000 are treated alike. The integral stands still while the
+      threshold is clipped and the error pushes it further out.
+    - **Phase**: WARMUP, then CLIMBING while the mean of a window exceeds that of the window before, CONVERGED when
+      reward is steady and high, else PLATEAU. Means are relative to the first reward, in units of spread.
+    - **Threshold**: ``"paper"``: ``tau = clip(tau_base (1 + pid) phase, tau_base / 3, 2 tau_base)``.
+      ``"earned"``: while reward rises the threshold may follow ``kl_short`` upwards, by at most ``max_step`` of
+      ``tau_base`` a rollout and up to ``max_threshold`` of it; when reward stagnates it stays on what was earned,
+      so drift stops and nothing is pulled back. ``"constant"``: ``tau = tau_base``.
+
+    Defaults are the paper's numbers at the paper's scale (a reward whose spread is 1), but for ``coef``, which
+    the published code multiplies with something that has no gradient, and for the earned threshold.
+
+    :param coef: ``c``, strength of the penalty.
+    :param tau_base: nats per action: 0.3 a token against the starting policy (paper), 0.02 against the rollout policy.
+    :param threshold: ``"earned"``, ``"paper"`` or ``"constant"``.
+    :param max_step: largest relaxation of the earned threshold per rollout, in units of ``tau_base``.
+    :param max_threshold: ceiling of the earned threshold, in units of ``tau_base``.
+    :param entropy_gate: whether entropy amplifies the penalty; off: ``gate = 1``.
+    :param entropy_floor: nats per action dimension, or ``"auto"``: half the perplexity of the first rollout.
+    :param kp: proportional gain.
+    :param ki: integral gain.
+    :param kd: derivative gain.
+    :param target_velocity: wanted rise of the reward per rollout, in units of its spread.
+    :param reward_decay: decay of the reward's moving average.
+    :param kl_short_decay: decay of the fast KL tracker.
+    :param kl_long_decay: decay of the slow KL tracker.
+    :param warmup: rollouts of the WARMUP phase.
+    :param window: rollouts of a window of the phase detector.
+    :raises ValueError: a parameter outside its range.
+
+    See SAFE, https://arxiv.org/abs/2602.04651; on the PID, Stooke et al. 2020, https://arxiv.org/abs/2007.03964
+    """
+
+    phase_factors: dict[Phase, float] = {  # noqa: RUF012
+        "WARMUP": 1.5,
+        "CLIMBING": 1.2,
+        "PLATEAU": 0.8,
+        "CONVERGED": 1.0,
+    }
+    gate_limits = (0.5, 10.0)
+    integral_limit = 1.0
+    climbing_rise = 0.01
+    converged_spread = 0.02
+    converged_level = 0.7
+    spread_decay = 0.99
+
+    def __init__(
+        self,
+        coef: float = 2.0,
+        tau_base: float = 0.3,
+        threshold: Threshold = "earned",
+        max_step: float = 1 / 30,
+        max_threshold: float = 3.0,
+        entropy_gate: bool = True,
+        entropy_floor: float | Literal["auto"] = "auto",
+        kp: float = 0.3,
+        ki: float = 0.01,
+        kd: float = 0.05,
+        target_velocity: float = 0.001,
+        reward_decay: float = 0.95,
+        kl_short_decay: float = 0.9,
+        kl_long_decay: float = 0.99,
+        warmup: int = 50,
+        window: int = 50,
+    ) -> None:
+        _require(coef >= 0, "coef", coef, "at least 0")
+        _require(tau_base > 0, "tau_base", tau_base, "positive")
+        _require(threshold in ("earned", "paper", "constant"), "threshold", threshold, "'earned', 'paper' or 'constant'")
+        _require(max_step >= 0, "max_step", max_step, "at least 0")
+        _require(max_threshold >= 1, "max_threshold", max_threshold, "at least 1")
+        for name, decay in (
+            ("reward_decay", reward_decay),
+            ("kl_short_decay", kl_short_decay),
+            ("kl_long_decay", kl_long_decay),
+        ):
+            _require(0 <= decay < 1, name, decay, "in [0, 1)")
+        _require(window >= 2, "window", window, "at least 2")
+        self.coef = coef
+        self.tau_base = tau_base
+        self.threshold_rule = threshold
+        self.max_step = max_step
+        self.max_threshold = max_threshold
+        self.entropy_gate = entropy_gate
+        self.entropy_floor = entropy_floor
+        self.kp, self.ki, self.kd = kp, ki, kd
+        self.target_velocity = target_velocity
+        self.reward_decay = reward_decay
+        self.kl_short_decay = kl_short_decay
+        self.kl_long_decay = kl_long_decay
+        self.warmup = warmup
+        self.window = window
+
+        self.n_updates = 0
+        self.threshold = tau_base * (self.phase_factors["WARMUP"] if threshold == "paper" else 1.0)
+        self.kl_short = self.kl_long = 0.0
+        self.gate = 1.0
+        self.phase: Phase = "WARMUP"
+        self.first_reward: float | None = None
+        self.reward_ema = 0.0
+        self.reward_variance = 0.0
+        self.velocity = 0.0
+        self.error = 0.0
+        self.integral = 0.0
+        self.pid = dict.fromkeys("pid", 0.0)
+        self.rewards: deque[float] = deque(maxlen=2 * window)
+
+    def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
+        """Take in one rollout; see :meth:`KLController.update`. Called once per rollout, before it is trained on."""
+        first = self.n_updates == 0
+        self.n_updates += 1
+        self.kl_short = kl if first else _moving_average(self.kl_short, kl, self.kl_short_decay)
+        self.kl_long = kl if first else _moving_average(self.kl_long, kl, self.kl_long_decay)
+        self._update_gate(entropy)
+        if len(returns) > 0:
+            self._update_reward(returns)
+            self._update_pid()
+        self.phase = self._detect_phase()
+        self._update_threshold()
+
+    def coefficient(self, kl: float = 0.0) -> float:
+        """``2 c gate max(0, (s - tau) / tau_base)``: the derivative of the quadratic penalty.
+
+        :param kl: KL to the reference in the minibatch at hand, nats per action; negative ones never count.
+        """
+        excess = (max(self.kl_short, kl) - self.threshold) / self.tau_base
+        return 2.0 * self.coef * self.gate * max(0.0, excess)
+
+    def metrics(self) -> dict[str, float]:
+        """See :meth:`KLController.metrics`."""
+        return {
+            "threshold": self.threshold,
+            "kl_short": self.kl_short,
+            "kl_long": self.kl_long,
+            "coefficient": self.coefficient(),
+            "gate": self.gate,
+            "entropy_floor": math.nan if self.entropy_floor == "auto" else float(self.entropy_floor),
+            "phase": float(PHASES.index(self.phase)),
+            "reward_ema": self.reward_ema,
+            "reward_spread": self.spread,
+            "reward_velocity": self.velocity,
+            "pid_p": self.pid["p"],
+            "pid_i": self.pid["i"],
+            "pid_d": self.pid["d"],
+        }
+
+    @property
+    def spread(self) -> float:
+        """Running standard deviation of episode returns, the unit of reward in here."""
+        return math.sqrt(self.reward_variance)
+
+    def _update_gate(self, entropy: float) -> None:
+        if self.entropy_floor == "auto":
+            self.entropy_floor = entropy - math.log(2.0)
+        if self.entropy_gate:
+            # Clipped before exp as well, so that an entropy of -1000 does not overflow.
+            self.gate = _clip(math.exp(_clip(float(self.entropy_floor) - entropy, -50.0, 50.0)), *self.gate_limits)
+
+    def _update_reward(self, returns: Sequence[float]) -> None:
+        reward = fmean(returns)
+        if self.first_reward is None:
+            self.first_reward = self.reward_ema = reward
+            self.reward_variance = pstdev(returns) ** 2
+            self.velocity = 0.0
+        else:
+            variance = fmean((value - self.reward_ema) ** 2 for value in returns)
+            # A first rollout with a single episode, or with equal returns, has no spread to start from.
+            start = self.reward_variance or variance
+            self.reward_variance = _moving_average(start, variance, self.spread_decay)
+            before = self.reward_ema
+            self.reward_ema = _moving_average(before, reward, self.reward_decay)
+            self.velocity = (self.reward_ema - before) / self.spread if self.spread > 0 else 0.0
+        self.rewards.append(reward)
+
+    def _update_pid(self) -> None:
+        error = self.velocity - self.target_velocity
+        outward = self._paper_threshold(clip=False) - self._paper_threshold()
+        if outward * error <= 0:
+            self.integral = _clip(self.integral + error, -self.integral_limit, self.integral_limit)
+        self.pid = {"p": self.kp * error, "i": self.ki * self.integral, "d": self.kd * (error - self.error)}
+        self.error = error
+
+    def _detect_phase(self) -> Phase:
+        if self.n_updates <= self.warmup or not self.rewards or self.first_reward is None or self.spread == 0:
+            return "WARMUP"
+        levels = [(reward - self.first_reward) / self.spread for reward in self.rewards]
+        recent, previous = levels[-self.window :], levels[: -self.window]
+        if previous and fmean(recent) > fmean(previous) + self.climbing_rise:
+            return "CLIMBING"
+        if pstdev(recent) < self.converged_spread and fmean(recent) > self.converged_level:
+            return "CONVERGED"
+        return "PLATEAU"
+
+    def _update_threshold(self) -> None:
+        if self.threshold_rule == "paper":
+            self.threshold = self._paper_threshold()
+        elif self.threshold_rule == "earned" and self.error > 0:
+            relaxed = min(self.kl_short, self.threshold + self.max_step * self.tau_base)
+            self.threshold = min(max(self.threshold, relaxed), self.max_threshold * self.tau_base)
+
+    def _paper_threshold(self, clip: bool = True) -> float:
+        threshold = self.tau_base * (1 + sum(self.pid.values())) * self.phase_factors[self.phase]
+        return _clip(threshold, self.tau_base / 3, 2 * self.tau_base) if clip else threshold
+
+
+CONTROLLERS: dict[str, type[KLController]] = {
+    "safe": SafeController,
+    "fixed": FixedKL,
+    "adaptive": AdaptiveKL,
+    "none": NoKL,
+}
+
+
+def make_controller(controller: str | type[KLController], tau_base: float, **kwargs: Any) -> KLController:
+    """Build a controller from its name or class.
+
+    :param controller: one of :data:`CONTROLLERS`, or a subclass of :class:`KLController`.
+    :param tau_base: threshold of a :class:`SafeController` when ``kwargs`` has none, nats per action.
+    :param kwargs: arguments of its constructor.
+    :raises ValueError: unknown name, or an argument that the controller does not take or accept.
+    """
+    if isinstance(controller, str):
+        if controller not in CONTROLLERS:
+            raise ValueError(f"kl_controller={controller!r} is unknown; choose one of {sorted(CONTROLLERS)}")
+        controller = CONTROLLERS[controller]
+    if issubclass(controller, SafeController):
+        kwargs.setdefault("tau_base", tau_base)
+    try:
+        return controller(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"kl_controller_kwargs do not fit {controller.__name__}: {error}") from error
+
+
+def _moving_average(average: float, value: float, decay: float) -> float:
+    return decay * average + (1 - decay) * value
+
+
+def _clip(value: float, low: float, high: float) -> float:
+    return min(high, max(low, value))
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

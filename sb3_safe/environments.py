@@ -1,0 +1,72 @@
+"""From an environment id or object to SB3's vector environment, and to the policy that fits it."""
+
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_safe.vec_env import GymVecEnv
+
+
+def make(env_id: str, n_envs: int = 1, env_kwargs: dict[str, Any] | None = None) -> VecEnv:
+    """Create ``n_envs`` environments of a registered id.
+
+    An environment that brings its own vector form with same-step reset is used in that form; the others are put
+    side by side by SB3's ``make_vec_env`` (with its ``Monitor``).
+
+    :raises ValueError: unknown id (with gymnasium's suggestion), ``n_envs`` below 1.
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+    try:
+        spec = gym.spec(env_id)
+    except gym.error.Error as error:
+        raise ValueError(
+            f"env={env_id!r} is not a registered environment: {error} Register it, or pass the environment itself."
+        ) from error
+    if _has_same_step_vector_form(spec):
+        return GymVecEnv(gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **(env_kwargs or {})))
+    return make_vec_env(env_id, n_envs, env_kwargs=env_kwargs)
+
+
+def _has_same_step_vector_form(spec: gym.envs.registration.EnvSpec) -> bool:
+    entry_point = spec.vector_entry_point
+    if entry_point is None:
+        return False
+    creator: Any = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    metadata = getattr(creator, "metadata", {})
+    return bool(metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP)
+
+
+def fitting_policy(env: VecEnv) -> str:
+    """Name of the policy that fits: the one that the environment names in its metadata, else by observation space."""
+    named = _metadata(env).get("policy")
+    if named is not None:
+        return str(named)
+    space = env.observation_space
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    if is_image_space(space) or is_image_space_channels_first(space):  # type: ignore[arg-type]
+        return "CnnPolicy"
+    return "MlpPolicy"
+
+
+def advertised_policy_kwargs(env: VecEnv, policy: str) -> dict[str, Any]:
+    """Arguments that the environment's metadata has for the policy it names; empty for any other policy."""
+    metadata = _metadata(env)
+    return dict(metadata.get("policy_kwargs", {})) if metadata.get("policy") == policy else {}
+
+
+def _metadata(env: VecEnv) -> dict[str, Any]:
+    metadata: dict[str, Any] = env.get_attr("metadata", indices=[0])[0]
+    return metadata
+
+
+def wrap_native(env: Any) -> Any:
+    """A gymnasium vector environment behind SB3's interface; anything else as it is."""
+    return GymVecEnv(env) if isinstance(env, VectorEnv) else env

@@ -1,0 +1,180 @@
+"""The mathematics of SAFE and PPO as pure functions: tensors in, tensors out, no state.
+
+Shapes: ``B`` actions of a minibatch, ``K`` critics, ``A`` actions of a discrete distribution.
+KL divergences and log-probabilities are in nats per action (for text: per token).
+"""
+
+import math
+
+import torch as th
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_min(values: Tensor, temperature: float) -> Tensor:
+    """Pessimistic aggregate of K critics: ``-a (logsumexp_k(-V_k / a) - log K)``.
+
+    The minimum over critics at ``a = 0``, their mean at ``a = inf``, never below the minimum and never above the
+    mean. For two critics a distance ``d`` apart it lies about ``d^2 / (8 a)`` below the mean. The minimum is
+    taken out first, so that neither a tiny temperature nor huge values overflow.
+
+    :param values: ``[..., K]``
+    :param temperature: ``a >= 0``, in the units of ``values``.
+    :return: ``[...]``
+    :raises ValueError: negative temperature.
+
+    See SAFE, double soft-min critic, https://arxiv.org/abs/2602.04651
+    """
+    if not temperature >= 0:
+        raise ValueError(f"soft_min: temperature must be at least 0, got {temperature}")
+    if values.shape[-1] == 1:
+        return values[..., 0]
+    if temperature == 0:
+        return values.amin(dim=-1)
+    if temperature == math.inf:
+        return values.mean(dim=-1)
+    lowest = values.detach().amin(dim=-1, keepdim=True)
+    pooled = th.logsumexp((lowest - values) / temperature, dim=-1) - math.log(values.shape[-1])
+    return lowest[..., 0] - temperature * pooled
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """PPO's objective as a loss: ``-mean(min(r A, clip(r, 1 - e, 1 + e) A))``.
+
+    :param log_ratio: ``[B]``, log-probability under the policy less that under the rollout policy.
+    :param advantages: ``[B]``
+    :param clip_range: ``e``
+    :return: the loss ``[]``, and the share of ratios outside the clip range ``[]`` (detached).
+
+    See Schulman et al. 2017, equation 7, https://arxiv.org/abs/1707.06347
+    """
+    ratio = th.exp(log_ratio)
+    clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    loss = -th.min(advantages * ratio, advantages * clipped).mean()
+    return loss, (th.abs(ratio.detach() - 1) > clip_range).float().mean()
+
+
+def critic_loss(
+    values: Tensor,
+    returns: Tensor,
+    delta: float | None = None,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+) -> Tensor:
+    """Regression of EACH critic on the returns; the mean over actions and critics.
+
+    Regressing the soft-min instead would fit the aggregate to the return and so take the pessimism out again.
+    The error is squared up to ``delta`` and linear beyond: ``2 huber_delta(e)``, which is ``e^2`` inside, so
+    that ``vf_coef`` means what it means in PPO. With a clip range the larger of the clipped and the unclipped
+    error counts (the published code adds them).
+
+    :param values: ``[B, K]``
+    :param returns: ``[B]``
+    :param delta: in units of the return; ``None`` for the squared error.
+    :param old_values: ``[B, K]``, the same critics when the rollout was collected; needed for clipping.
+    :param clip_range: how far a critic may move from ``old_values``, in units of the return.
+    :return: ``[]``
+
+    See SAFE, section on the critic, https://arxiv.org/abs/2602.04651
+    """
+    targets = returns.unsqueeze(-1).expand_as(values)
+    if clip_range is None or old_values is None:
+        return _regression_error(values, targets, delta).mean()
+    clipped = old_values + th.clamp(values - old_values, -clip_range, clip_range)
+    return th.max(_regression_error(values, targets, delta), _regression_error(clipped, targets, delta)).mean()
+
+
+def _regression_error(values: Tensor, targets: Tensor, delta: float | None) -> Tensor:
+    if delta is None:
+        return F.mse_loss(values, targets, reduction="none")
+    return 2.0 * F.huber_loss(values, targets, reduction="none", delta=delta)
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """Sampled KL as the plain log-ratio: unbiased in value, and its gradient is ZERO on average.
+
+    For the reward and for measuring; never for a loss. May be negative.
+
+    :param log_ratio: ``[B]``, ``log pi - log ref`` of actions drawn from ``pi``.
+    :return: ``[B]``
+    """
+    return log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    """``(log pi - log ref)^2 / 2``: on actions drawn from ``pi`` its expected gradient is that of KL(pi || ref).
+
+    :param log_ratio: ``[B]``, ``log pi - log ref`` of actions drawn from ``pi``.
+    :return: ``[B]``, never negative.
+
+    See Schulman, http://joschu.net/blog/kl-approx.html, and https://arxiv.org/abs/2510.01555
+    """
+    return 0.5 * log_ratio.square()
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """``r - 1 - log r`` with ``r = p / q``, of actions drawn from ``q``: KL(q || p), value and gradient unbiased.
+
+    This is the KL of a rollout policy ``q`` to the policy ``p`` that is being trained. Against a reference
+    that the actions are NOT drawn from use :func:`weighted_k3`.
+
+    :param log_ratio: ``[B]``, ``log p - log q``.
+    :return: ``[B]``, never negative.
+
+    See Schulman, http://joschu.net/blog/kl-approx.html
+    """
+    return th.expm1(log_ratio) - log_ratio
+
+
+def weighted_k3(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
+    """Importance-weighted k3: KL(pi || ref) from actions drawn from a third policy, value and gradient unbiased.
+
+    ``w (ref/pi - 1 - log(ref/pi))`` with ``w = pi / rollout``; the gradient flows through the weight too (k3
+    alone would give the gradient of KL(ref || pi)).
+
+    :param log_ratio: ``[B]``, ``log pi - log ref``.
+    :param log_importance: ``[B]``, ``log pi - log rollout``, of actions drawn from the rollout policy.
+    :return: ``[B]``, never negative.
+
+    See https://arxiv.org/abs/2512.21852
+    """
+    return th.exp(log_importance) * k3(-log_ratio)
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Exact ``KL(p || q)`` of categorical distributions: ``sum_a p_a (log p_a - log q_a)``.
+
+    :param log_p: ``[..., A]``, normalised log-probabilities.
+    :param log_q: ``[..., A]``, likewise.
+    :return: ``[...]``
+    """
+    # An action that p excludes contributes nothing, also where q excludes it as well (0 * (-inf - -inf)).
+    terms = th.where(log_p > -th.inf, th.exp(log_p) * (log_p - log_q), th.zeros_like(log_p))
+    return terms.sum(dim=-1)
+
+
+def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
+    """Exact ``KL(p || q)`` of diagonal Gaussians, summed over the last dimension.
+
+    :param mean_p: ``[..., D]``
+    :param log_std_p: broadcastable to ``[..., D]``
+    :param mean_q: ``[..., D]``
+    :param log_std_q: broadcastable to ``[..., D]``
+    :return: ``[...]``
+    """
+    variance_ratio = th.exp(2 * (log_std_p - log_std_q))
+    distance = ((mean_p - mean_q) * th.exp(-log_std_q)).square()
+    return (0.5 * (variance_ratio + distance - 1) - (log_std_p - log_std_q)).sum(dim=-1)
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Zero mean and unit standard deviation over the minibatch; a single value is left as it is.
+
+    :param advantages: ``[B]``
+    :return: ``[B]``
+
+    See https://github.com/DLR-RM/stable-baselines3/issues/325 for the single value.
+    """
+    if len(advantages) < 2:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)

@@ -1,0 +1,345 @@
+"""Actor and K critics for vector, image and Dict observations.
+
+The action distribution, features extractors and initialisation are Stable-Baselines3's. New are the critics: K of
+them, evaluated together with the actor as one batched product, and used through their soft-min.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    kl_divergence,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import polyak_update
+from torch import Tensor, nn
+
+from sb3_safe.functional import soft_min
+
+
+class Evaluation(NamedTuple):
+    """What the loss needs to know of a policy at given observations and actions."""
+
+    values: Tensor
+    """``[B, K]``, one column per critic."""
+    log_prob: Tensor
+    """``[B]``, nats."""
+    entropy: Tensor | None
+    """``[B]``, nats; ``None`` where the distribution has no closed form (squashed gSDE)."""
+
+
+class PessimisticCritics(nn.Module):
+    """State and rule of the soft-min that every SAFE policy shares.
+
+    The temperature is in units of the returns' running standard deviation, kept in ``return_scale``, so that one
+    default serves rewards of 0.7 and of 500.
+    """
+
+    n_critics: int
+    soft_min_alpha: float
+    return_scale: Tensor
+
+    def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
+        if n_critics < 1:
+            raise ValueError(f"n_critics must be at least 1, got {n_critics}")
+        if not soft_min_alpha >= 0:
+            raise ValueError(
+                f"soft_min_alpha must be at least 0 (0: minimum, inf: mean of the critics), got {soft_min_alpha}"
+            )
+        self.n_critics = n_critics
+        self.soft_min_alpha = soft_min_alpha
+        self.register_buffer("return_scale", th.ones(()))
+
+    def aggregate(self, values: Tensor) -> Tensor:
+        """Soft-min of the critics.
+
+        :param values: ``[B, K]``, in units of the return.
+        :return: ``[B, 1]``, likewise.
+        """
+        if self.n_critics == 1:
+            return values
+        return (soft_min(values / self.return_scale, self.soft_min_alpha) * self.return_scale).unsqueeze(-1)
+
+
+class ParallelMlp(nn.Module):
+    """N networks of one architecture as batched matrix products.
+
+    On small networks time goes into dispatching operations, not into arithmetic: actor and critics side by side
+    cost little more than one of them.
+
+    :param networks: Sequentials of alternating Linear and activation layers, all of one shape.
+    """
+
+    def __init__(self, networks: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        linear = [[layer for layer in network if isinstance(layer, nn.Linear)] for network in networks]
+        layers = list(zip(*linear, strict=True))
+        self.weights = nn.ParameterList(
+            [nn.Parameter(th.stack([layer.weight.detach().t() for layer in group])) for group in layers]
+        )
+        self.biases = nn.ParameterList(
+            [nn.Parameter(th.stack([layer.bias.detach()[None] for layer in group])) for group in layers]
+        )
+        self.activations = nn.ModuleList(
+            [] if not networks else [layer for layer in networks[0] if not isinstance(layer, nn.Linear)]
+        )
+        self.n_networks = len(networks)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply every network to the same inputs.
+
+        :param inputs: ``[B, in]``
+        :return: ``[N, B, out]``
+        """
+        latent = inputs.expand(self.n_networks, *inputs.shape)
+        for weight, bias, activation in zip(self.weights, self.biases, self.activations, strict=True):
+            latent = activation(th.baddbmm(bias, latent, weight))
+        return latent
+
+
+class SerialMlp(nn.ModuleList):
+    """N networks evaluated one after the other: for activations with parameters of their own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply every network to the same inputs.
+
+        :param inputs: ``[B, in]``
+        :return: ``[N, B, out]``
+        """
+        return th.stack([network(inputs) for network in self])
+
+
+def _side_by_side(networks: Sequence[nn.Sequential]) -> ParallelMlp | SerialMlp:
+    has_parameters = any(True for layer in networks[0] if not isinstance(layer, nn.Linear) for _ in layer.parameters())
+    return SerialMlp(networks) if has_parameters else ParallelMlp(networks)
+
+
+class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
+    """Actor with ``n_critics`` value networks, used through their soft-min.
+
+    With ``n_critics=1`` it is SB3's ``ActorCriticPolicy``: same initial parameters, same actions.
+
+    LayerNorm on the critics' input, which the paper puts on hidden states of a language model, is left out here:
+    on the three numbers of a pendulum it would discard two of them.
+
+    :param n_critics: number of value networks.
+    :param soft_min_alpha: temperature of the soft-min, in running standard deviations of the return.
+    :param kwargs: those of :class:`stable_baselines3.common.policies.ActorCriticPolicy`.
+    :raises ValueError: no critic, or a negative temperature.
+    """
+
+    optimizer: th.optim.Optimizer
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *args: Any,
+        n_critics: int = 2,
+        soft_min_alpha: float = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        # Read by _build, which the base class calls from its constructor.
+        self._critic_arguments = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}
+        ActorCriticPolicy.__init__(self, observation_space, action_space, lr_schedule, *args, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | self._critic_arguments
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        self._init_critics(**self._critic_arguments)
+        # SB3's own critic is the first; the others are drawn after it, so that one critic means SB3's parameters.
+        extra = [self._make_critic() for _ in range(self.n_critics - 1)]
+        actor = self.mlp_extractor.policy_net
+        critics = [self.mlp_extractor.value_net, *(body for body, _ in extra)]
+        heads = [self.value_net, *(head for _, head in extra)]
+        self.joint = self.share_features_extractor and _architecture(actor) == _architecture(critics[0])
+        self.bodies = _side_by_side([actor, *critics] if self.joint else critics)
+        self.actor_body = nn.Identity() if self.joint else actor
+        self.value_weight = nn.Parameter(th.stack([head.weight.detach().t() for head in heads]))
+        self.value_bias = nn.Parameter(th.stack([head.bias.detach()[None] for head in heads]))
+        del self.mlp_extractor, self.value_net
+
+        self.reference: TwinCriticPolicy | None = None
+        self.target_bodies: nn.Module | None = None
+        kwargs = dict(self.optimizer_kwargs)
+        if self.optimizer_class is th.optim.Adam and not {"foreach", "fused"} & set(kwargs):
+            kwargs["fused"] = True  # one kernel a step instead of a dozen per parameter
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+
+    def _make_critic(self) -> tuple[nn.Sequential, nn.Linear]:
+        """Another value network, initialised as SB3 initialises its own."""
+        layers: list[nn.Module] = []
+        for layer in self.mlp_extractor.value_net:
+            fresh = nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else self.activation_fn()
+            layers.append(fresh)
+        body, head = nn.Sequential(*layers), nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+        if self.ortho_init:
+            body.apply(lambda module: self.init_weights(module, gain=math.sqrt(2)))
+            self.init_weights(head, gain=1)
+        return body.to(self.device), head.to(self.device)
+
+    # -- forward passes --------------------------------------------------------------------------------------------
+
+    def _latents(self, obs: PyTorchObs) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of the actor ``[B, h]`` and the critics ``[K, B, h]``, and the critics' features ``[B, f]``."""
+        features = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if isinstance(features, Tensor) else features
+        latents = self.bodies(vf_features)
+        if self.joint:
+            return latents[0], latents[1:], vf_features
+        return self.actor_body(pi_features), latents, vf_features
+
+    def _values(self, latents: Tensor) -> Tensor:
+        """Values ``[B, K]`` from critic latents ``[K, B, h]``."""
+        return th.baddbmm(self.value_bias, latents, self.value_weight).squeeze(-1).t()
+
+    def _target_values(self, vf_features: Tensor) -> Tensor:
+        """Values ``[B, K]`` of the lagging critics, on the current features."""
+        assert self.target_bodies is not None
+        latents = self.target_bodies(vf_features)[int(self.joint) :]
+        return th.baddbmm(self.target_bias, latents, self.target_weight).squeeze(-1).t()
+
+    def _used_value(self, latents: Tensor, vf_features: Tensor) -> Tensor:
+        """The value ``[B, 1]`` that advantages and bootstraps are made of."""
+        values = self._values(latents) if self.target_bodies is None else self._target_values(vf_features)
+        return self.aggregate(values)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Act: ``(actions [B, ...], soft-min values [B, 1], log-probabilities [B])``."""
+        latent_pi, latent_vf, vf_features = self._latents(obs)
+        actions, log_prob = self._act(latent_pi, deterministic)
+        return actions.reshape((-1, *self.action_space.shape)), self._used_value(latent_vf, vf_features), log_prob  # type: ignore[misc]
+
+    def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
+        """Values of every critic, log-probability and entropy; see :class:`Evaluation`.
+
+        :param obs: a minibatch of observations.
+        :param actions: ``[B, ...]``, as the rollout buffer yields them.
+        """
+        latent_pi, latent_vf, _ = self._latents(obs)
+        log_prob, entropy = self._score(latent_pi, actions)
+        return Evaluation(self._values(latent_vf), log_prob, entropy)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
+        values, log_prob, entropy = self.evaluate(obs, actions)
+        return self.aggregate(values), log_prob, entropy
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """Soft-min values ``[B, 1]``, of the target critics where there are any."""
+        _, latent_vf, vf_features = self._latents(obs)
+        return self._used_value(latent_vf, vf_features)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        """The action distribution; one shared object, as in SB3: use it before asking for the next."""
+        return self._get_action_dist_from_latent(self._latents(obs)[0])
+
+    # -- distributions ---------------------------------------------------------------------------------------------
+    # Written out for the two common ones: building, validating and tearing down torch Distributions takes more
+    # time than the networks do. The arithmetic and the random numbers are the same as theirs.
+
+    def _act(self, latent_pi: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+        if isinstance(self.action_dist, CategoricalDistribution):
+            log_probs = th.log_softmax(self.action_net(latent_pi), dim=-1)
+            choice = log_probs.argmax(-1, keepdim=True) if deterministic else th.multinomial(log_probs.exp(), 1)
+            return choice.squeeze(-1), log_probs.gather(-1, choice).squeeze(-1)
+        if isinstance(self.action_dist, DiagGaussianDistribution):
+            mean = self.action_net(latent_pi)
+            actions = mean if deterministic else mean + self.log_std.exp() * th.randn_like(mean)
+            return actions, _gaussian_log_prob(actions, mean, self.log_std)
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, distribution.log_prob(actions)
+
+    def _score(self, latent_pi: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.action_dist, CategoricalDistribution):
+            log_probs = th.log_softmax(self.action_net(latent_pi), dim=-1)
+            log_prob = log_probs.gather(-1, actions.long().reshape(-1, 1)).squeeze(-1)
+            return log_prob, -(log_probs.exp() * log_probs).sum(-1)
+        if isinstance(self.action_dist, DiagGaussianDistribution):
+            mean = self.action_net(latent_pi)
+            entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).expand(len(mean))
+            return _gaussian_log_prob(actions, mean, self.log_std), entropy
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        return distribution.log_prob(actions), distribution.entropy()
+
+    # -- reference policy and target critics -----------------------------------------------------------------------
+
+    def freeze_reference(self) -> None:
+        """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
+        # Not copied into the copy: the optimizer's state, the older reference and the target critics.
+        kept = {name: self.__dict__.pop(name) for name in ("optimizer",)}
+        modules = {name: self._modules.pop(name, None) for name in ("reference", "target_bodies")}
+        try:
+            reference = copy.deepcopy(self).requires_grad_(False)
+        finally:
+            self.__dict__.update(kept)
+            self._modules.update(modules)
+        self.reference = reference.train(False)
+
+    @th.no_grad()
+    def reference_log_prob(self, obs: PyTorchObs, actions: Tensor) -> Tensor:
+        """Log-probability ``[B]`` of actions under the reference policy, nats."""
+        assert self.reference is not None, "freeze_reference() has not been called"
+        return self.reference.evaluate(obs, actions).log_prob
+
+    def exact_kl(self, obs: PyTorchObs) -> Tensor:
+        """Closed-form ``KL(policy || reference)`` ``[B]``, nats per action."""
+        assert self.reference is not None, "freeze_reference() has not been called"
+        with th.no_grad():
+            reference = self.reference.get_distribution(obs)
+        divergence = kl_divergence(self.get_distribution(obs), reference)
+        return divergence.sum(-1) if divergence.dim() > 1 else divergence
+
+    def make_target_critics(self) -> None:
+        """Add lagging copies of the critics, which then supply the values that advantages are made of."""
+        self.target_bodies = copy.deepcopy(self.bodies).requires_grad_(False)
+        self.register_buffer("target_weight", self.value_weight.detach().clone())
+        self.register_buffer("target_bias", self.value_bias.detach().clone())
+
+    def update_target_critics(self, tau: float) -> None:
+        """Move the target critics towards the critics by ``tau`` in (0, 1]."""
+        if self.target_bodies is not None:
+            polyak_update(self.bodies.parameters(), self.target_bodies.parameters(), tau)
+            polyak_update([self.value_weight, self.value_bias], [self.target_weight, self.target_bias], tau)
+
+
+class TwinCriticCnnPolicy(TwinCriticPolicy):
+    """:class:`TwinCriticPolicy` for images, with SB3's ``NatureCNN``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
+
+
+class TwinCriticMultiInputPolicy(TwinCriticPolicy):
+    """:class:`TwinCriticPolicy` for Dict observations, with SB3's ``CombinedExtractor``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)
+
+
+def _architecture(network: nn.Sequential) -> list[tuple[Any, ...]]:
+    """What must be equal for two networks to be evaluated side by side."""
+    return [
+        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (type(layer),) for layer in network
+    ]
+
+
+def _gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density ``[B]`` of diagonal Gaussians; ``actions`` and ``mean`` ``[B, D]``, ``log_std`` ``[D]``."""
+    deviation = (actions - mean) * th.exp(-log_std)
+    return (-0.5 * deviation.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)

@@ -1,0 +1,79 @@
+"""Recommended settings per environment id, from the one file that the RL Zoo entry reads too.
+
+``SAFE("CartPole-v1")`` takes the preset of that id; an argument that is given always wins. ``SAFE("MlpPolicy",
+"CartPole-v1")`` is the usual SB3 form and takes no preset but the budget of ``learn()``.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from stable_baselines3.common.utils import LinearSchedule
+
+PRESETS_FILE = Path(__file__).with_name("presets.yml")
+SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
+
+
+def preset(env_id: str) -> dict[str, Any]:
+    """Recommended settings of an environment id: ``default`` of the file, overridden by the id's own entry.
+
+    Keys are constructor arguments of SAFE, and ``n_timesteps`` (budget of ``learn()``), ``n_envs``, ``policy`` and
+    ``normalize`` (whether observations and rewards are normalised by SB3's ``VecNormalize``), as in the RL Zoo.
+    """
+    with PRESETS_FILE.open(encoding="utf-8") as file:
+        presets = yaml.safe_load(file)
+    settings: dict[str, Any] = presets["default"] | presets.get(env_id, {})
+    for name in SCHEDULED:
+        if name in settings:
+            settings[name] = _schedule(settings[name])
+    return settings
+
+
+def _schedule(value: float | str) -> Any:
+    """Numbers as they are; the Zoo's ``lin_0.001`` as a schedule that falls linearly to 0."""
+    if isinstance(value, str):
+        kind, _, start = value.partition("_")
+        if kind != "lin":
+            raise ValueError(f"presets.yml: {value!r} is no schedule; write a number or lin_<start>")
+        return LinearSchedule(float(start), 0.0, 1.0)
+    # PyYAML reads 1e-5 (without a point) as a string, hence not float(): a string here is a mistake in the file.
+    return value
+
+
+def is_env_id(name: str) -> bool:
+    """Whether a string names an environment: registered, or ``module:id``."""
+    return name in gym.registry or ":" in name
+
+
+def with_presets(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor called with an environment id alone start from that id's preset.
+
+    A decorator, because only the call itself shows which arguments were given and which are defaults.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        given.pop("self")
+        policy = given.get("policy", "auto")
+        by_id = isinstance(policy, str) and given.get("env") is None and is_env_id(policy)
+        if not by_id:
+            init(self, **given)
+            return
+        settings = preset(policy)
+        self.n_timesteps = settings.pop("n_timesteps")
+        self.preset_normalize = settings.pop("normalize", False)
+        settings |= {name: value for name, value in given.items() if name != "policy"}
+        settings["env"] = policy
+        settings.setdefault("policy", "auto")
+        if settings.get("verbose", 0) >= 1:
+            chosen = {name: value for name, value in settings.items() if name not in given and name != "env"}
+            print(f"Preset of {policy} (budget {self.n_timesteps} steps): {chosen}")
+        init(self, **settings)
+
+    return wrapper

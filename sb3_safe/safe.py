@@ -1,0 +1,567 @@
+"""SAFE: stable alignment finetuning with entropy-aware control, as a Stable-Baselines3 on-policy algorithm."""
+
+import math
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch import Tensor
+
+from sb3_safe import environments, functional
+from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
+from sb3_safe.controller import KLController, make_controller
+from sb3_safe.policies import (
+    PessimisticCritics,
+    TwinCriticCnnPolicy,
+    TwinCriticMultiInputPolicy,
+    TwinCriticPolicy,
+)
+from sb3_safe.presets import preset, with_presets
+
+Reference = Literal["initial", "rollout"]
+Estimator = Literal["k1", "k2", "k3", "exact"]
+
+# Which estimators have the right gradient against which reference; the first is the default.
+ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k2", "k3", "exact", "k1"), "rollout": ("k3",)}
+# Nats per action that the policy may be away from its reference unpunished.
+TAU_BASE: dict[Reference, float] = {"initial": 0.3, "rollout": 0.02}
+RETURN_SCALE_DECAY = 0.9
+
+
+class NonFiniteError(FloatingPointError):
+    """A reward, loss or gradient is NaN or infinite. The model holds its last good parameters."""
+
+
+class SAFE(OnPolicyAlgorithm):
+    """PPO made stable: pessimistic twin critics, an asymmetric KL penalty, an entropy gate, a moving threshold.
+
+    Four layers on PPO, each with its switch; with all of them off SAFE is SB3's PPO:
+
+    1. **Double soft-min critic**: ``policy_kwargs=dict(n_critics=2, soft_min_alpha=0.3)``, ``huber_delta``,
+       ``critic_tau``. Off: ``n_critics=1``, ``huber_delta=None``, ``critic_tau=1``.
+    2. **Asymmetric KL penalty** with a gradient: ``kl_controller``, ``kl_reference``, ``kl_estimator``.
+       Off: ``kl_controller="none"``.
+    3. **Entropy gate**: off with ``kl_controller_kwargs=dict(entropy_gate=False)``.
+    4. **Moving threshold and preview**: ``kl_controller_kwargs=dict(threshold="earned" | "paper" | "constant")``,
+       ``max_preview_kl``. Off: ``threshold="constant"``, ``max_preview_kl=None``.
+
+    ``SAFE("TextGenEnv-v0")``, an environment id alone, takes the policy that fits the environment and the preset of
+    that id; arguments that are given win over the preset.
+
+    Paper: https://arxiv.org/abs/2602.04651. On what is done differently from its published code, see the docs.
+
+    :param policy: a policy name (``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy``, ``LanguagePolicy``), a policy
+        class, ``"auto"`` for what fits the environment, or an environment id.
+    :param env: a gymnasium environment or vector environment, an SB3 ``VecEnv``, or an id.
+    :param learning_rate: number, or function of the remaining progress (1 to 0).
+    :param n_steps: steps per environment and rollout.
+    :param batch_size: actions per minibatch.
+    :param n_epochs: passes over a rollout.
+    :param gamma: discount factor.
+    :param gae_lambda: bias against variance of generalised advantage estimation.
+    :param clip_range: PPO's clip of the probability ratio; number or schedule.
+    :param clip_range_vf: how far a critic may move from its old value, units of return; ``None``: no clipping.
+    :param normalize_advantage: whether advantages are standardised per minibatch.
+    :param ent_coef: coefficient of the entropy bonus.
+    :param vf_coef: coefficient of the critic loss.
+    :param max_grad_norm: the gradient is clipped to this norm.
+    :param use_sde: generalised state-dependent exploration, for Box actions.
+    :param sde_sample_freq: steps between two noise matrices; -1: one a rollout.
+    :param rollout_buffer_class: an :class:`~sb3_safe.buffers.AnnotatedRollout`; ``None``: the one that fits.
+    :param rollout_buffer_kwargs: its further arguments.
+    :param target_kl: stop an update early when the KL of a minibatch to the rollout policy passes 1.5 times this.
+    :param huber_delta: where the critic loss turns linear, in running standard deviations of the return; ``None``:
+        squared error.
+    :param critic_tau: Polyak step of the target critics, which supply the values that advantages are made of, per
+        gradient step; 1: the critics themselves.
+    :param kl_controller: ``"safe"``, ``"fixed"``, ``"adaptive"``, ``"none"``, or a class of
+        :mod:`sb3_safe.controller`.
+    :param kl_controller_kwargs: its arguments.
+    :param kl_reference: what the KL is measured to: ``"initial"``, the policy as it was built or loaded (default for
+        text), or ``"rollout"``, the policy that collected the data (default for control, where the initial policy
+        is noise).
+    :param kl_estimator: ``"k2"``, ``"k3"`` or ``"exact"`` in the loss, ``"k1"`` in the reward; ``"auto"``: k2 against
+        the initial, k3 against the rollout policy.
+    :param max_preview_kl: KL to the rollout policy, nats per action, that no update exceeds: steps that would are
+        shrunk, and if the whole batch is still past it the parameters walk back. ``None``: no bound.
+    :param n_envs: number of environments, when ``env`` is an id.
+    :param env_kwargs: arguments of the environment, when ``env`` is an id.
+    :param stats_window_size: episodes that logged means are taken over.
+    :param tensorboard_log: folder for TensorBoard.
+    :param policy_kwargs: arguments of the policy.
+    :param verbose: 0 silent, 1 info, 2 debug.
+    :param seed: of all random generators.
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``...
+    :raises ValueError: an argument that does not fit, named, before anything is computed.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": TwinCriticPolicy,
+        "CnnPolicy": TwinCriticCnnPolicy,
+        "MultiInputPolicy": TwinCriticMultiInputPolicy,
+    }
+    policy: Any
+    rollout_buffer: AnnotatedRollout
+    n_timesteps: int | None = None
+    preset_normalize: bool = False
+
+    @with_presets
+    def __init__(
+        self,
+        policy: str | type[BasePolicy] = "auto",
+        env: GymEnv | gym.vector.VectorEnv[Any, Any, Any] | str | None = None,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        huber_delta: float | None = 1.0,
+        critic_tau: float = 1.0,
+        kl_controller: str | type[KLController] = "safe",
+        kl_controller_kwargs: dict[str, Any] | None = None,
+        kl_reference: Reference | Literal["auto"] = "auto",
+        kl_estimator: Estimator | Literal["auto"] = "auto",
+        max_preview_kl: float | None = 0.5,
+        n_envs: int = 1,
+        env_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if isinstance(policy, str) and policy not in (*self.policy_aliases, "LanguagePolicy", "auto"):
+            names = ", ".join((*self.policy_aliases, "LanguagePolicy"))
+            raise ValueError(f"policy={policy!r} is neither a policy ({names}) nor a registered environment id")
+        if env is None and isinstance(policy, str):
+            raise ValueError("env is missing: pass an environment or its id")
+        if isinstance(env, str):
+            env = environments.make(env, n_envs, env_kwargs)
+        elif env_kwargs is not None:
+            raise ValueError("env_kwargs only apply when env is an id; the environment is already built")
+        if env is not None:
+            env = self._wrap_env(env, verbose)
+            if self.preset_normalize:
+                env = VecNormalize(env, gamma=gamma)
+            if policy == "auto":
+                policy = environments.fitting_policy(env)
+            if isinstance(policy, str):
+                policy_kwargs = environments.advertised_policy_kwargs(env, policy) | (policy_kwargs or {})
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.huber_delta = huber_delta
+        self.critic_tau = critic_tau
+        self.kl_controller = kl_controller
+        self.kl_controller_kwargs = kl_controller_kwargs or {}
+        self.kl_reference: Reference = getattr(self.policy_class, "kl_reference", "rollout") if kl_reference == "auto" else kl_reference
+        self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
+        self.max_preview_kl = max_preview_kl
+        # Made here, not in _setup_model: load() restores attributes between the two.
+        self.controller = make_controller(kl_controller, TAU_BASE[self.kl_reference], **self.kl_controller_kwargs)
+        self.n_skipped_steps = 0
+        self._update_kl = 0.0
+        self._finished_returns: list[float] = []
+        if _init_setup_model:
+            self._setup_model()
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """SB3's wrapping, and gymnasium's own vector environments besides."""
+        return OnPolicyAlgorithm._wrap_env(environments.wrap_native(env), verbose, monitor_wrapper)
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name == "LanguagePolicy":
+            # Imported on demand: transformers takes seconds, and control tasks have no use for it.
+            from sb3_safe.language import LanguagePolicy
+
+            return LanguagePolicy
+        return super()._get_policy_from_name(policy_name)
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        if self.rollout_buffer_class is None:
+            self.rollout_buffer_class = getattr(self.policy_class, "rollout_buffer_class", None) or buffer_class_for(
+                self.observation_space
+            )
+        super()._setup_model()
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+        # Before load() fills in parameters, so that the saved reference and target critics find their place.
+        if self.controller.active and self.kl_reference == "initial":
+            self.policy.freeze_reference()
+        if self.critic_tau < 1:
+            self.policy.make_target_critics()
+
+    def _check_arguments(self) -> None:
+        """Everything that can be known to be wrong before any compute is spent.
+
+        Called from ``_setup_model``, because ``load()`` sets attributes after the constructor.
+        """
+        if not issubclass(self.policy_class, PessimisticCritics):
+            raise ValueError(
+                f"policy={self.policy_class.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one "
+                f"of {', '.join(self.policy_aliases)}"
+            )
+        if self.n_steps * self.n_envs < 2:
+            raise ValueError(
+                f"n_steps * n_envs must be at least 2 to normalise advantages, got n_steps={self.n_steps}, "
+                f"n_envs={self.n_envs}; raise n_steps"
+            )
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 to normalise advantages, got {self.batch_size}")
+        if self.n_epochs < 1:
+            raise ValueError(f"n_epochs must be at least 1, got {self.n_epochs}")
+        if self.kl_reference not in ESTIMATORS:
+            raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {self.kl_reference!r}")
+        if self.kl_estimator not in ESTIMATORS[self.kl_reference]:
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} has the wrong gradient against kl_reference={self.kl_reference!r}; "
+                f"choose one of {ESTIMATORS[self.kl_reference]}"
+            )
+        if self.huber_delta is not None and not self.huber_delta > 0:
+            raise ValueError(f"huber_delta must be positive, or None for the squared error, got {self.huber_delta}")
+        if not 0 < self.critic_tau <= 1:
+            raise ValueError(f"critic_tau must be in (0, 1], got {self.critic_tau}")
+        if self.max_preview_kl is not None and not self.max_preview_kl > 0:
+            raise ValueError(f"max_preview_kl must be positive, or None for no bound, got {self.max_preview_kl}")
+        if isinstance(self.clip_range_vf, float | int) and not self.clip_range_vf > 0:
+            raise ValueError(f"clip_range_vf must be positive, or None for no clipping, got {self.clip_range_vf}")
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    def learn(  # type: ignore[override]
+        self,
+        total_timesteps: int | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "SAFE",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Collect rollouts and train on them.
+
+        :param total_timesteps: a lower bound on the number of actions; ``None``: the environment's recommended
+            budget (its preset's, else that of all presets).
+        :param callback: called at every step.
+        :param log_interval: rollouts between two log lines.
+        :param tb_log_name: name of the run in TensorBoard.
+        :param reset_num_timesteps: whether to count from 0 (else training goes on).
+        :param progress_bar: shows one (needs the extra ``progress``).
+        :raises NonFiniteError: a reward, loss or gradient is NaN or infinite. What was learned up to then is in the
+            model, and saved at the path that the message names.
+        """
+        if total_timesteps is None:
+            total_timesteps = self.n_timesteps or self._recommended_timesteps()
+        try:
+            return super().learn(
+                total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+            )
+        except NonFiniteError as error:
+            folder = Path(self.logger.get_dir() or tempfile.gettempdir())
+            rescue = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
+            self.save(rescue)
+            error.add_note(f"The last good parameters are in the model, and saved to {rescue}")
+            raise
+
+    def _recommended_timesteps(self) -> int:
+        specs = self.env.get_attr("spec", indices=[0]) if self.env is not None else [None]
+        return int(preset(specs[0].id if specs[0] is not None else "")["n_timesteps"])
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """SB3's rollout; then the controller is told what it showed."""
+        self._finished_returns = []
+        if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
+            return False
+        self._check_rewards()
+        self._observe_rollout()
+        return True
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        self._finished_returns += [float(info["episode"]["r"]) for info in infos if "episode" in info]
+
+    def _check_rewards(self) -> None:
+        bad = np.argwhere(~np.isfinite(self.rollout_buffer.rewards))
+        if len(bad) > 0:
+            step, env = bad[0]
+            raise NonFiniteError(
+                f"reward of environment {env} at step {step} of the rollout is {self.rollout_buffer.rewards[step, env]} "
+                f"({len(bad)} such rewards, after {self.num_timesteps} steps in all); check the reward function"
+            )
+
+    @th.no_grad()
+    def _observe_rollout(self) -> None:
+        """What the loss and the controller need to know of a finished rollout, once."""
+        buffer, policy, controller = self.rollout_buffer, self.policy, self.controller
+        needs_reference = controller.active and self.kl_reference == "initial"
+        annotations: dict[str, list[Tensor]] = defaultdict(list)
+        if needs_reference or self.clip_range_vf is not None:
+            for batch in buffer.in_order(self.batch_size):
+                if needs_reference:
+                    annotations["reference_log_prob"].append(policy.reference_log_prob(batch.observations, batch.actions))
+                if self.clip_range_vf is not None:
+                    values = policy.evaluate(batch.observations, batch.actions).values
+                    annotations["old_critic_values"].append(values)
+            buffer.annotate(**{name: th.cat(parts) for name, parts in annotations.items()})
+        if needs_reference:
+            log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
+            self._update_kl = functional.k1(log_ratio).mean().item()
+        if controller.active:
+            # The mean of -log pi over the actions taken estimates the entropy, without another forward pass.
+            dimensions = max(1, buffer.action_dim)
+            controller.update(self._finished_returns, self._update_kl, float(-buffer.log_probs.mean()) / dimensions)
+            for name, value in controller.metrics().items():
+                self.logger.record(f"safe/{name}", value)
+            self.logger.record("safe/kl", self._update_kl)
+        if needs_reference and self.kl_estimator == "k1":
+            buffer.subtract_from_rewards(controller.coefficient() * log_ratio.cpu().numpy())
+        spread = float(buffer.returns.std())
+        if self._n_updates > 0:
+            spread = RETURN_SCALE_DECAY * float(policy.return_scale) + (1 - RETURN_SCALE_DECAY) * spread
+        policy.return_scale.fill_(max(spread, 1e-6))
+
+    def train(self) -> None:
+        """One update: ``n_epochs`` passes over the rollout."""
+        policy, progress = self.policy, self._current_progress_remaining
+        policy.set_training_mode(True)
+        self._update_learning_rate(policy.optimizer)
+        self._clip = self.clip_range(progress)  # type: ignore[operator]
+        self._clip_vf = self.clip_range_vf(progress) if self.clip_range_vf is not None else None  # type: ignore[operator]
+        start = self._get_trainable()
+        log: dict[str, list[Tensor]] = defaultdict(list)
+        kls: list[float] = []
+        skipped = 0
+        for epoch, batch in ((i, batch) for i in range(self.n_epochs) for batch in self.rollout_buffer.get(self.batch_size)):
+            loss, parts = self._loss(batch)
+            if not math.isfinite(loss.item()):
+                self._set_trainable(start)
+                raise NonFiniteError(self._describe(parts, epoch, len(kls)))
+            kls.append(parts["approx_kl"].item())
+            if self.target_kl is not None and kls[-1] > 1.5 * self.target_kl:
+                break
+            skipped += not self._step(loss, self._preview_scale(kls))
+            for name, value in parts.items():
+                log[name].append(value)
+        if skipped == len(kls):
+            raise NonFiniteError(f"every gradient of update {self._n_updates} is NaN or infinite; lower learning_rate")
+        self._n_updates += self.n_epochs
+        self.n_skipped_steps += skipped
+        last_epoch = kls[-math.ceil(len(kls) / self.n_epochs) :]
+        walked = self._keep_within_bound(start, last_epoch)
+        if self.kl_reference == "rollout":
+            self._update_kl = float(np.mean(last_epoch)) * walked**2
+        self._log_update({name: th.stack(values).mean().item() for name, values in log.items()}, walked)
+
+    def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a minibatch, and its parts (detached) for the log."""
+        values, log_prob, entropy = self.policy.evaluate(batch.observations, batch.actions)
+        log_ratio = log_prob - batch.old_log_prob
+        advantages = functional.normalize(batch.advantages) if self.normalize_advantage else batch.advantages
+        policy_loss, clip_fraction = functional.clipped_surrogate(log_ratio, advantages, self._clip)
+        delta = None if self.huber_delta is None else self.huber_delta * self.policy.return_scale.item()
+        value_loss = functional.critic_loss(values, batch.returns, delta, batch.old_critic_values, self._clip_vf)
+        # Without a closed form the log-probability of the actions taken stands in, as in SB3.
+        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        update_kl = functional.k3(log_ratio)
+        kl_loss, coefficient = self._kl_penalty(batch, log_prob, log_ratio, update_kl)
+        if coefficient > 0:
+            loss = loss + coefficient * kl_loss
+        parts = {
+            "entropy_loss": entropy_loss,
+            "policy_gradient_loss": policy_loss,
+            "value_loss": value_loss,
+            "approx_kl": update_kl.mean(),
+            "clip_fraction": clip_fraction,
+            "loss": loss,
+            "kl_loss": kl_loss,
+            "critic_gap": (values.amax(-1) - values.amin(-1)).mean(),
+        }
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _kl_penalty(
+        self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor, update_kl: Tensor
+    ) -> tuple[Tensor, float]:
+        """The KL term of the loss, whose gradient is unbiased, and its coefficient (0 where the reward carries it)."""
+        if not self.controller.active or self.kl_estimator == "k1":
+            return log_prob.new_zeros(()), 0.0
+        if self.kl_reference == "rollout":
+            term = update_kl.mean()
+            measured = term
+        else:
+            assert batch.reference_log_prob is not None
+            drift = log_prob - batch.reference_log_prob
+            measured = functional.k1(drift).mean()
+            if self.kl_estimator == "exact":
+                term = measured = self.policy.exact_kl(batch.observations).mean()
+            elif self.kl_estimator == "k3":
+                term = functional.weighted_k3(drift, log_ratio).mean()
+            else:
+                term = functional.k2(drift).mean()
+        return term, self.controller.coefficient(measured.item())
+
+    def _step(self, loss: Tensor, scale: float) -> bool:
+        """One gradient step, ``scale`` times as long as it would be; not taken when the gradient is not finite."""
+        optimizer = self.policy.optimizer
+        optimizer.zero_grad()
+        loss.backward()
+        norm = th.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm)
+        if not math.isfinite(norm.item()):
+            return False
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = scale * rate
+        optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.critic_tau < 1:
+            self.policy.update_target_critics(self.critic_tau)
+        return True
+
+    # -- the promise: no update moves the policy further than max_preview_kl ----------------------------------------
+
+    def _preview_scale(self, kls: list[float]) -> float:
+        """How much of the coming step to take, so that the KL foreseen after it stays within ``max_preview_kl``.
+
+        The KL to the rollout policy grows with the square of the distance moved, so its root is extrapolated and
+        the factor is ``sqrt(max / foreseen)`` (the published code never calls its preview, and has no root).
+
+        :param kls: KL to the rollout policy before this step and before the earlier ones, nats per action.
+        """
+        if self.max_preview_kl is None:
+            return 1.0
+        distance, before = (math.sqrt(max(kl, 0.0)) for kl in (kls[-1], kls[-2] if len(kls) > 1 else 0.0))
+        foreseen = distance + max(distance - before, 0.0)
+        return min(1.0, math.sqrt(self.max_preview_kl) / foreseen) if foreseen > 0 else 1.0
+
+    @th.no_grad()
+    def _keep_within_bound(self, start: list[Tensor], kls: list[float]) -> float:
+        """Walk back along the line to the parameters of before the update until the KL is within ``max_preview_kl``.
+
+        :param start: trainable parameters before the update.
+        :param kls: KL to the rollout policy in the minibatches of the last epoch, nats per action.
+        :return: the share of the update that was kept, 0 to 1.
+        """
+        bound = self.max_preview_kl
+        # One step cannot multiply the distance of all steps before it by four: measure only where it could matter.
+        if bound is None or (len(kls) > 1 and 16 * max(kls) < bound):
+            return 1.0
+        end, kept = self._get_trainable(), 1.0
+        while not (kl := self._whole_batch_kl()) <= bound:  # "not <=" is also true of NaN
+            kept *= min(0.5, 0.9 * math.sqrt(bound / kl)) if kl < math.inf else 0.1
+            if not kept > 1e-6:
+                kept = 0.0
+            # At 0 the old parameters themselves: 0 times an infinite parameter would not be 0.
+            self._set_trainable([th.lerp(a, b, kept) for a, b in zip(start, end, strict=True)] if kept > 0 else start)
+        return kept
+
+    def _whole_batch_kl(self) -> float:
+        """KL of the rollout policy to the policy as it is now, over the whole rollout, nats per action."""
+        self.policy.set_training_mode(False)
+        total = th.zeros(())
+        count = 0
+        for batch in self.rollout_buffer.in_order(self.batch_size):
+            log_prob = self.policy.evaluate(batch.observations, batch.actions).log_prob
+            total = total + functional.k3(log_prob - batch.old_log_prob).double().sum().cpu()
+            count += len(log_prob)
+        return float(total) / count
+
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
+
+    def _get_trainable(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._trainable()]
+
+    @th.no_grad()
+    def _set_trainable(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._trainable(), values, strict=True):
+            parameter.copy_(value)
+        # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
+        self.policy.set_training_mode(True)
+
+    # -- log and files ---------------------------------------------------------------------------------------------
+
+    def _describe(self, parts: dict[str, Tensor], epoch: int, number: int) -> str:
+        values = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items())
+        return (
+            f"loss is not finite in minibatch {number} (epoch {epoch}) of the update after {self.num_timesteps} steps: "
+            f"{values}. Lower learning_rate, or check observations and rewards for outliers"
+        )
+
+    def _log_update(self, means: dict[str, float], kept: float) -> None:
+        """SB3's names for what SB3 logs; all means are over the whole update."""
+        buffer, policy, record = self.rollout_buffer, self.policy, self.logger.record
+        for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "loss"):
+            record(f"train/{name}", means.get(name, math.nan))
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        record("train/clip_range", self._clip)
+        if self._clip_vf is not None:
+            record("train/clip_range_vf", self._clip_vf)
+        if hasattr(policy, "log_std"):
+            record("train/std", th.exp(policy.log_std).mean().item())
+        record("safe/critic_gap", means.get("critic_gap", math.nan))
+        record("safe/kl_loss", means.get("kl_loss", math.nan))
+        record("safe/update_kept", kept)
+        record("safe/skipped_steps", self.n_skipped_steps)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_finished_returns"]
