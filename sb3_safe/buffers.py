@@ -131,7 +131,7 @@ class SafeRolloutBuffer(AnnotatedRollout):
     """Buffer for array observations."""
 
 
-class SafeDictRolloutBuffer(AnnotatedRollout, DictRolloutBuffer):
+class SafeDictRolloutBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     """Buffer for Dict observations."""
 
     def _flat_observations(self) -> dict[str, Tensor]:

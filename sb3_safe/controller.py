@@ -99,7 +99,7 @@ class AdaptiveKL(FixedKL):
 class SafeController(KLController):
     """The entropy-gated asymmetric penalty with a moving threshold (layers 2 to 4 of SAFE).
 
-    The penalty is ``c gate ((s - tau) / tau_base)^2`` above the threshold and nothing below. Its derivative with
+    The penalty is ``c gate tau_base ((s - tau) / tau_base)^2`` above the threshold and nothing below. Its derivative with
     respect to the KL is the coefficient that multiplies a KL term with a gradient:
 
         ``coefficient = 2 c gate max(0, (s - tau) / tau_base)``,  ``s = max(kl_short, kl of the minibatch)``
@@ -174,7 +174,9 @@ class SafeController(KLController):
     ) -> None:
         _require(coef >= 0, "coef", coef, "at least 0")
         _require(tau_base > 0, "tau_base", tau_base, "positive")
-        _require(threshold in ("earned", "paper", "constant"), "threshold", threshold, "'earned', 'paper' or 'constant'")
+        _require(
+            threshold in ("earned", "paper", "constant"), "threshold", threshold, "'earned', 'paper' or 'constant'"
+        )
         _require(max_step >= 0, "max_step", max_step, "at least 0")
         _require(max_threshold >= 1, "max_threshold", max_threshold, "at least 1")
         for name, decay in (
@@ -184,6 +186,8 @@ class SafeController(KLController):
         ):
             _require(0 <= decay < 1, name, decay, "in [0, 1)")
         _require(window >= 2, "window", window, "at least 2")
+        is_floor = entropy_floor == "auto" or (not isinstance(entropy_floor, str) and math.isfinite(entropy_floor))
+        _require(is_floor, "entropy_floor", entropy_floor, "'auto' or a finite number of nats")
         self.coef = coef
         self.tau_base = tau_base
         self.threshold_rule = threshold
@@ -319,7 +323,7 @@ CONTROLLERS: dict[str, type[KLController]] = {
 }
 
 
-def make_controller(controller: str | type[KLController], tau_base: float, **kwargs: Any) -> KLController:
+def make_controller(controller: str | type[KLController], tau_base: float, /, **kwargs: Any) -> KLController:
     """Build a controller from its name or class.
 
     :param controller: one of :data:`CONTROLLERS`, or a subclass of :class:`KLController`.
@@ -331,6 +335,11 @@ def make_controller(controller: str | type[KLController], tau_base: float, **kwa
         if controller not in CONTROLLERS:
             raise ValueError(f"kl_controller={controller!r} is unknown; choose one of {sorted(CONTROLLERS)}")
         controller = CONTROLLERS[controller]
+    if not (isinstance(controller, type) and issubclass(controller, KLController)):
+        raise ValueError(
+            f"kl_controller={controller!r} is not a class of KL controllers; pass the class or its name, for example "
+            "FixedKL, and its arguments as kl_controller_kwargs"
+        )
     if issubclass(controller, SafeController):
         kwargs.setdefault("tau_base", tau_base)
     try:

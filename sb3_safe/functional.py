@@ -16,7 +16,8 @@ def soft_min(values: Tensor, temperature: float) -> Tensor:
 
     The minimum over critics at ``a = 0``, their mean at ``a = inf``, never below the minimum and never above the
     mean. For two critics a distance ``d`` apart it lies about ``d^2 / (8 a)`` below the mean. The minimum is
-    taken out first, so that neither a tiny temperature nor huge values overflow.
+    taken out first, so that neither a tiny temperature nor huge values overflow, and what is left is written with
+    ``expm1`` and ``log1p``, so that a large temperature does not magnify rounding.
 
     :param values: ``[..., K]``
     :param temperature: ``a >= 0``, in the units of ``values``.
@@ -34,7 +35,7 @@ def soft_min(values: Tensor, temperature: float) -> Tensor:
     if temperature == math.inf:
         return values.mean(dim=-1)
     lowest = values.detach().amin(dim=-1, keepdim=True)
-    pooled = th.logsumexp((lowest - values) / temperature, dim=-1) - math.log(values.shape[-1])
+    pooled = th.log1p(th.expm1((lowest - values) / temperature).mean(dim=-1))
     return lowest[..., 0] - temperature * pooled
 
 
@@ -148,9 +149,10 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     :param log_q: ``[..., A]``, likewise.
     :return: ``[...]``
     """
-    # An action that p excludes contributes nothing, also where q excludes it as well (0 * (-inf - -inf)).
-    terms = th.where(log_p > -th.inf, th.exp(log_p) * (log_p - log_q), th.zeros_like(log_p))
-    return terms.sum(dim=-1)
+    # An action that p excludes contributes nothing, also where q excludes it as well: 0 * (-inf - -inf) would be NaN,
+    # and outside the product so would its gradient.
+    log_ratio = th.where(log_p > -th.inf, log_p - log_q, th.zeros_like(log_p))
+    return (th.exp(log_p) * log_ratio).sum(dim=-1)
 
 
 def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:

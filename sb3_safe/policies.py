@@ -138,6 +138,8 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     """
 
     optimizer: th.optim.Optimizer
+    target_weight: Tensor
+    target_bias: Tensor
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # Read by _build, which the base class calls from its constructor.
-        self._critic_arguments = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}
+        self._critic_arguments: dict[str, Any] = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}
         ActorCriticPolicy.__init__(self, observation_space, action_space, lr_schedule, *args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -182,7 +184,11 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         """Another value network, initialised as SB3 initialises its own."""
         layers: list[nn.Module] = []
         for layer in self.mlp_extractor.value_net:
-            fresh = nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else self.activation_fn()
+            fresh = (
+                nn.Linear(layer.in_features, layer.out_features)
+                if isinstance(layer, nn.Linear)
+                else self.activation_fn()
+            )
             layers.append(fresh)
         body, head = nn.Sequential(*layers), nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         if self.ortho_init:

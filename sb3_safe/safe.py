@@ -206,7 +206,9 @@ class SAFE(OnPolicyAlgorithm):
         self.critic_tau = critic_tau
         self.kl_controller = kl_controller
         self.kl_controller_kwargs = kl_controller_kwargs or {}
-        self.kl_reference: Reference = getattr(self.policy_class, "kl_reference", "rollout") if kl_reference == "auto" else kl_reference
+        self.kl_reference: Reference = (
+            getattr(self.policy_class, "kl_reference", "rollout") if kl_reference == "auto" else kl_reference
+        )
         self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
         self.max_preview_kl = max_preview_kl
         # Made here, not in _setup_model: load() restores attributes between the two.
@@ -271,7 +273,7 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {self.kl_reference!r}")
         if self.kl_estimator not in ESTIMATORS[self.kl_reference]:
             raise ValueError(
-                f"kl_estimator={self.kl_estimator!r} has the wrong gradient against kl_reference={self.kl_reference!r}; "
+                f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
         if self.huber_delta is not None and not self.huber_delta > 0:
@@ -285,7 +287,7 @@ class SAFE(OnPolicyAlgorithm):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    def learn(  # type: ignore[override]
+    def learn(
         self,
         total_timesteps: int | None = None,
         callback: MaybeCallback = None,
@@ -343,8 +345,9 @@ class SAFE(OnPolicyAlgorithm):
         if len(bad) > 0:
             step, env = bad[0]
             raise NonFiniteError(
-                f"reward of environment {env} at step {step} of the rollout is {self.rollout_buffer.rewards[step, env]} "
-                f"({len(bad)} such rewards, after {self.num_timesteps} steps in all); check the reward function"
+                f"reward of environment {env} at step {step} of the rollout is "
+                f"{self.rollout_buffer.rewards[step, env]} ({len(bad)} such rewards, "
+                f"after {self.num_timesteps} steps in all); check the reward function"
             )
 
     @th.no_grad()
@@ -356,7 +359,9 @@ class SAFE(OnPolicyAlgorithm):
         if needs_reference or self.clip_range_vf is not None:
             for batch in buffer.in_order(self.batch_size):
                 if needs_reference:
-                    annotations["reference_log_prob"].append(policy.reference_log_prob(batch.observations, batch.actions))
+                    annotations["reference_log_prob"].append(
+                        policy.reference_log_prob(batch.observations, batch.actions)
+                    )
                 if self.clip_range_vf is not None:
                     values = policy.evaluate(batch.observations, batch.actions).values
                     annotations["old_critic_values"].append(values)
@@ -389,7 +394,9 @@ class SAFE(OnPolicyAlgorithm):
         log: dict[str, list[Tensor]] = defaultdict(list)
         kls: list[float] = []
         skipped = 0
-        for epoch, batch in ((i, batch) for i in range(self.n_epochs) for batch in self.rollout_buffer.get(self.batch_size)):
+        for epoch, batch in (
+            (i, batch) for i in range(self.n_epochs) for batch in self.rollout_buffer.get(self.batch_size)
+        ):
             loss, parts = self._loss(batch)
             if not math.isfinite(loss.item()):
                 self._set_trainable(start)
@@ -462,7 +469,7 @@ class SAFE(OnPolicyAlgorithm):
         """One gradient step, ``scale`` times as long as it would be; not taken when the gradient is not finite."""
         optimizer = self.policy.optimizer
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = th.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm)
         if not math.isfinite(norm.item()):
             return False

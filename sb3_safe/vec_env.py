@@ -23,8 +23,8 @@ class GymVecEnv(VecEnv):
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
-                f"env: {type(envs).__name__} has autoreset_mode={mode}, but SB3 needs AutoresetMode.SAME_STEP; create it "
-                "with gymnasium.make_vec(..., vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})"
+                f"env: {type(envs).__name__} has autoreset_mode={mode}, but SB3 needs SAME_STEP; create it with "
+                "gymnasium.make_vec(..., vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})"
             )
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
@@ -51,7 +51,7 @@ class GymVecEnv(VecEnv):
         step_infos = {key: value for key, value in infos.items() if key not in _FINAL}
         if step_infos:
             rows = [_row(step_infos, index) for index in range(self.num_envs)]
-        for index in np.flatnonzero(dones):
+        for index in np.flatnonzero(dones).tolist():
             rows[index] = _row(infos.get("final_info", {}), index)
             rows[index]["terminal_observation"] = infos["final_obs"][index]
             rows[index]["TimeLimit.truncated"] = bool(truncations[index] and not terminations[index])
@@ -87,7 +87,9 @@ class GymVecEnv(VecEnv):
         answer = getattr(self.envs, method_name)(*args, **kwargs)
         return [answer for _ in self._get_indices(indices)]
 
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None) -> list[bool]:
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
         """Rows of a vector environment are never wrapped."""
         return [False for _ in self._get_indices(indices)]
 

@@ -1,0 +1,89 @@
+"""What is computed while writing equals what is computed in training."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_safe import SAFE, environments
+from sb3_safe.language import LanguagePolicy, SegmentBuffer
+
+from .conftest import ARCHITECTURES
+
+
+class Silent(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+def rollout(model: SAFE) -> SegmentBuffer:
+    """Collect one rollout without training."""
+    callback = model._setup_learn(10_000, None, reset_num_timesteps=model._last_obs is None)[1]
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model.rollout_buffer  # type: ignore[return-value]
+
+
+def text_model(env_kwargs: dict[str, Any], **kwargs: Any) -> SAFE:
+    defaults: dict[str, Any] = {"n_envs": 6, "n_steps": 13, "batch_size": 20, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    return SAFE("TextGenEnv-v0", env_kwargs=env_kwargs, **(defaults | kwargs))
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_and_training_agree_on_log_probs_and_values(
+    architecture: str, min_new_tokens: int, checkpoints: dict[str, str], env_kwargs: dict[str, Any]
+) -> None:
+    """Across rows that end, restart and cross a rollout's border, and with updates in between."""
+    env_kwargs |= {"model": checkpoints[architecture], "min_new_tokens": min_new_tokens}
+    model = text_model(env_kwargs, policy_kwargs={"temperature": 0.7})
+    for _ in range(3):
+        scale = model.policy.return_scale.clone()
+        buffer = rollout(model)
+        # The unit of the soft-min's temperature is measured on the rollout; its values were made with the one before.
+        model.policy.return_scale.copy_(scale)
+        # Otherwise this test would not see texts that end within and cross the border of a rollout.
+        assert len(buffer.segments) > buffer.n_envs
+        assert any(len(segment.context) > segment.prompt_length for segment in buffer.segments) or model._n_updates == 0
+        seen = 0
+        for batch in buffer.get(20):
+            with th.no_grad():
+                values, log_prob, _ = model.policy.evaluate_actions(batch.observations, batch.actions)
+            np.testing.assert_allclose(log_prob, batch.old_log_prob, atol=1e-5)
+            np.testing.assert_allclose(values.flatten(), batch.old_values, atol=1e-5)
+            seen += len(log_prob)
+        assert seen == model.n_steps * model.n_envs
+        model.train()
+
+
+def test_first_ratios_are_one(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, n_epochs=1, batch_size=1000)
+    rollout(model)
+    ratios = []
+    loss = model._loss
+
+    def spy(batch: Any) -> Any:
+        log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+        ratios.append(th.exp(log_prob - batch.old_log_prob).detach())
+        return loss(batch)
+
+    model._loss = spy  # type: ignore[method-assign]
+    model.train()
+    np.testing.assert_allclose(th.cat(ratios), 1.0, atol=1e-5)
+
+
+def test_stock_ppo_trains_the_text_policy(env_kwargs: dict[str, Any]) -> None:
+    env = environments.make("TextGenEnv-v0", 16, env_kwargs)
+    policy_kwargs = environments.advertised_policy_kwargs(env, "LanguagePolicy")
+    model = PPO(
+        LanguagePolicy, env, n_steps=16, batch_size=128, n_epochs=3, gamma=1.0, learning_rate=5e-3, seed=0,
+        policy_kwargs=policy_kwargs, rollout_buffer_class=SegmentBuffer, device="cpu",
+    )  # fmt: skip
+    rewards: list[float] = []
+    model.learn(
+        16 * 16 * 12, callback=lambda local, _: rewards.extend(i["episode"]["r"] for i in local["infos"] if i) or True
+    )
+    tenth = len(rewards) // 10
+    assert np.mean(rewards[-tenth:]) > np.mean(rewards[:tenth]) + 0.2
