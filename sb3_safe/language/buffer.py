@@ -2,8 +2,8 @@
 
 Storage is SB3's, but for observations: a text's tokens are its first observation and the actions that follow, so one
 observation a segment is kept, not one a token. A segment is what one environment wrote of one text within one
-rollout. A minibatch holds whole segments, padded for one forward pass, and every per-token tensor flat, with the
-padding already gone: a loss needs no masks, and standardising advantages is masked whitening for free.
+rollout. A minibatch holds whole segments, packed into few rows for one forward pass, and every per-token tensor flat,
+with prompts and padding already gone: a loss needs no masks, and standardising advantages is masked whitening for free.
 """
 
 from collections.abc import Generator
@@ -15,6 +15,8 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from torch import Tensor
 
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples
+
+PACKED_WIDTH = 64
 
 
 class Segment(NamedTuple):
@@ -90,32 +92,29 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     def _samples(
         self, segments: list[Segment], starts: np.ndarray, lengths: np.ndarray, flat: dict[str, Tensor]
     ) -> SafeSamples:
-        """Pad S segments to ``[S, W]`` and pick their B tokens out of the flat tensors."""
-        index = np.concatenate(
-            [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        )
-        written = flat["actions"][th.as_tensor(index, device=self.device)].long().view(-1)
+        """Pack segments into rows ``[R, W]`` and pick their B tokens out of the flat tensors."""
         contexts = np.array([len(segment.context) for segment in segments])
         # The last token of a segment is predicted, but nothing is predicted from it.
-        width = int((contexts + lengths).max()) - 1
-        ids = np.zeros((len(segments), width), dtype=np.int64)
-        rows = np.repeat(np.arange(len(segments)), lengths)
+        rows, offsets, width = pack(contexts + lengths - 1)
         steps = np.concatenate([np.arange(length) for length in lengths])
-        cols = contexts[rows] - 1 + steps
-        for row, segment in enumerate(segments):
-            ids[row, : len(segment.context)] = segment.context
-        inner = cols + 1 < width
-        ids[rows[inner], cols[inner] + 1] = written.cpu().numpy()[inner]
+        index = th.as_tensor(np.repeat(starts, lengths) + steps, device=self.device)
+        written = flat["actions"][index].long().view(-1)
+        ids = np.zeros((rows.max() + 1, width), dtype=np.int64)
+        positions = np.zeros_like(ids)  # where there is padding, each 0 begins a text of its own that nobody reads
+        tokens = np.split(written.cpu().numpy(), np.cumsum(lengths)[:-1])
+        for segment, row, offset, new in zip(segments, rows, offsets, tokens, strict=True):
+            text = np.concatenate([segment.context, new[:-1]])
+            ids[row, offset : offset + len(text)] = text
+            positions[row, offset : offset + len(text)] = np.arange(len(text))
+        prompt_lengths = np.array([segment.prompt_length for segment in segments])
         observations = {
             "input_ids": ids,
-            "length": (contexts + lengths - 1)[:, None],
-            "prompt_length": np.array([segment.prompt_length for segment in segments])[:, None],
-            "rows": rows,
-            "cols": cols,
+            "position_ids": positions,
+            "rows": np.repeat(rows, lengths),
+            "cols": np.repeat(offsets + contexts - 1, lengths) + steps,
+            "new_tokens": np.repeat(contexts - prompt_lengths, lengths) + steps,
         }
-        picked: dict[str, Any] = {
-            name: tensor[th.as_tensor(index, device=self.device)] for name, tensor in flat.items() if name != "actions"
-        }
+        picked: dict[str, Any] = {name: tensor[index] for name, tensor in flat.items() if name != "actions"}
         return SafeSamples(
             {name: self.to_torch(array) for name, array in observations.items()},
             written,
@@ -126,3 +125,24 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
             picked.get("reference_log_prob"),
             picked.get("old_critic_values"),
         )
+
+
+def pack(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Put texts one behind the other into rows of one width, longest first, each where it first fits.
+
+    A model tells the texts of a row apart by their positions, which begin anew with each. Rows are as wide as the
+    longest text, at least :data:`PACKED_WIDTH`: wider rows waste less on padding, but attention pays for their width.
+
+    :param lengths: ``[S]``, tokens of each text.
+    :return: row ``[S]`` and offset ``[S]`` of each text, and the width.
+    """
+    width = max(int(lengths.max()), PACKED_WIDTH)
+    rows, offsets = np.zeros_like(lengths), np.zeros_like(lengths)
+    room: list[int] = []
+    for text in np.argsort(-lengths, kind="stable"):
+        row = next((row for row, left in enumerate(room) if left >= lengths[text]), len(room))
+        if row == len(room):
+            room.append(width)
+        rows[text], offsets[text] = row, width - room[row]
+        room[row] -= int(lengths[text])
+    return rows, offsets, width

@@ -175,7 +175,11 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         slots: SlotCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states ``[b, q, h]``. Without a mask rows are causal, which right-padding does not disturb."""
+        """Last hidden states ``[b, q, h]``.
+
+        Without a mask rows are causal, which right-padding does not disturb, and where positions begin anew within
+        a row, so does attention.
+        """
         if positions is None:
             positions = th.arange(ids.shape[1], device=ids.device).expand_as(ids)
         output = lm.base_model(
@@ -192,8 +196,9 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
         """Values of every critic ``[B, K]``, log-probability and entropy ``[B]`` of the B tokens of a minibatch.
 
-        :param obs: padded texts ``[S, W]`` and the positions ``rows``, ``cols`` ``[B]`` of the tokens before each
-            action, as :class:`~sb3_safe.language.buffer.SegmentBuffer` yields them.
+        :param obs: packed texts ``input_ids``, ``position_ids`` ``[R, W]``, and for each action ``[B]`` where the
+            token before it stands (``rows``, ``cols``) and how many tokens had been written (``new_tokens``), as
+            :class:`~sb3_safe.language.buffer.SegmentBuffer` yields them.
         :param actions: ``[B]``
         """
         hidden, log_probs = self._score(self.lm, obs)
@@ -216,10 +221,8 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     def _score(self, lm: Any, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Hidden states ``[B, h]`` before each action, and log-probabilities ``[B, V]`` of all tokens."""
         assert isinstance(obs, dict)
-        rows, cols = obs["rows"], obs["cols"]
-        hidden = self._body(lm, obs["input_ids"])[rows, cols]
-        new_tokens = cols + 1 - obs["prompt_length"].view(-1)[rows]
-        return hidden, self._log_probs(lm, hidden, new_tokens)
+        hidden = self._body(lm, obs["input_ids"], positions=obs["position_ids"])[obs["rows"], obs["cols"]]
+        return hidden, self._log_probs(lm, hidden, obs["new_tokens"])
 
     def _log_probs(self, lm: Any, hidden: Tensor, new_tokens: Tensor) -> Tensor:
         """Log-probabilities ``[B, V]`` in float32.
