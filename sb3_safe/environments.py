@@ -7,7 +7,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_safe.vec_env import GymVecEnv
@@ -51,9 +51,7 @@ def fitting_policy(env: VecEnv) -> str:
     space = env.observation_space
     if isinstance(space, spaces.Dict):
         return "MultiInputPolicy"
-    if is_image_space(space) or is_image_space_channels_first(space):  # type: ignore[arg-type]
-        return "CnnPolicy"
-    return "MlpPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
 
 
 def advertised_policy_kwargs(env: VecEnv, policy: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ them, evaluated together with the actor as one batched product, and used through
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch as th
 from gymnasium import spaces
@@ -175,6 +175,8 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
         self.reference: TwinCriticPolicy | None = None
         self.target_bodies: nn.Module | None = None
+        self.register_buffer("target_weight", None)
+        self.register_buffer("target_bias", None)
         kwargs = dict(self.optimizer_kwargs)
         if self.optimizer_class is th.optim.Adam and not {"foreach", "fused"} & set(kwargs):
             kwargs["fused"] = True  # one kernel a step instead of a dozen per parameter
@@ -283,16 +285,28 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     # -- reference policy and target critics -----------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation mode; the reference stays in the latter."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.train(False)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load parameters, for which the reference and the target critics that the saved policy had are made first."""
+        if self.reference is None and any(name.startswith("reference.") for name in state_dict):
+            self.freeze_reference()
+        if self.target_bodies is None and "target_weight" in state_dict:
+            self.make_target_critics()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def freeze_reference(self) -> None:
         """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
-        # Not copied into the copy: the optimizer's state, the older reference and the target critics.
-        kept = {name: self.__dict__.pop(name) for name in ("optimizer",)}
-        modules = {name: self._modules.pop(name, None) for name in ("reference", "target_bodies")}
-        try:
-            reference = copy.deepcopy(self).requires_grad_(False)
-        finally:
-            self.__dict__.update(kept)
-            self._modules.update(modules)
+        left_out = (self.optimizer, self.reference, self.target_bodies, self.target_weight, self.target_bias)
+        memo: dict[int, Any] = dict.fromkeys(map(id, left_out))
+        # Distributions keep tensors of the last forward pass, which have a gradient and cannot be copied deeply.
+        memo[id(self.action_dist)] = copy.copy(self.action_dist)
+        reference = copy.deepcopy(self, memo).requires_grad_(False)
         self.reference = reference.train(False)
 
     @th.no_grad()

@@ -546,6 +546,13 @@ class SAFE(OnPolicyAlgorithm):
 
     # -- log and files ---------------------------------------------------------------------------------------------
 
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        # SB3 writes one rate into every group; a group may ask for a multiple of it.
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("rate_factor", 1.0)
+
     def _describe(self, parts: dict[str, Tensor], epoch: int, number: int) -> str:
         values = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items())
         return (

@@ -56,6 +56,9 @@ class GymVecEnv(VecEnv):
             rows[index]["terminal_observation"] = infos["final_obs"][index]
             rows[index]["TimeLimit.truncated"] = bool(truncations[index] and not terminations[index])
             self.reset_infos[index] = _row(step_infos, index)
+            # Gymnasium's RecordEpisodeStatistics reports the episode that ended beside the infos of the new one.
+            if "episode" in self.reset_infos[index]:
+                rows[index].setdefault("episode", self.reset_infos[index].pop("episode"))
         return observations, np.asarray(rewards, dtype=np.float32), dones, rows
 
     def close(self) -> None:

@@ -1,0 +1,96 @@
+"""Minibatches hold whole texts, and every token exactly once."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sb3_safe.language import SegmentBuffer
+from sb3_safe.language.buffer import PACKED_WIDTH, pack
+
+from .test_agreement import rollout, text_model
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
+def test_packed_texts_neither_overlap_nor_leave_their_row(lengths: list[int]) -> None:
+    rows, offsets, width = pack(np.array(lengths))
+    taken = np.zeros((rows.max() + 1, width), dtype=int)
+    for row, offset, length in zip(rows, offsets, lengths, strict=True):
+        assert offset + length <= width
+        taken[row, offset : offset + length] += 1
+    assert taken.max() == 1
+    assert taken.sum() == sum(lengths)
+    assert width == max(PACKED_WIDTH, *lengths)
+
+
+def test_every_token_is_seen_once_in_minibatches_of_about_equal_size(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, n_steps=32)
+    buffer = rollout(model)
+    flat_actions = buffer.actions.swapaxes(0, 1).ravel()
+    flat_log_probs = buffer.log_probs.swapaxes(0, 1).ravel()
+    expected = sorted(zip(flat_actions.tolist(), flat_log_probs.tolist(), strict=True))
+    for draw in (buffer.get(48), buffer.in_order(48)):
+        batches = list(draw)
+        assert len(batches) == 4
+        # Cut between texts, so a minibatch can be off by one text (8 tokens here) at either end.
+        assert all(abs(len(batch.actions) - 48) <= 8 for batch in batches)
+        actions = np.concatenate([batch.actions for batch in batches])
+        log_probs = np.concatenate([batch.old_log_prob for batch in batches])
+        assert sorted(zip(actions.tolist(), log_probs.tolist(), strict=True)) == expected
+
+
+def test_in_order_batches_follow_the_flat_order(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs)
+    buffer = rollout(model)
+    log_probs = np.concatenate([batch.old_log_prob for batch in buffer.in_order(20)])
+    np.testing.assert_array_equal(log_probs, buffer.flat("log_probs"))
+
+
+def test_packed_ids_are_the_text_before_each_action(env_kwargs: dict[str, Any]) -> None:
+    """The id at an action's position is the token before it; following ids are the actions themselves."""
+    model = text_model(env_kwargs)
+    buffer = rollout(model)
+    for batch in buffer.get(20):
+        obs = batch.observations
+        rows, cols = obs["rows"], obs["cols"]
+        for i in range(len(batch.actions) - 1):
+            same_text = obs["new_tokens"][i] + 1 == obs["new_tokens"][i + 1] and rows[i] == rows[i + 1]
+            if same_text:
+                assert cols[i] + 1 == cols[i + 1]
+                assert obs["input_ids"][rows[i + 1], cols[i + 1]] == batch.actions[i]
+                assert obs["position_ids"][rows[i + 1], cols[i + 1]] == obs["position_ids"][rows[i], cols[i]] + 1
+
+
+def space() -> spaces.Dict:
+    box = {"input_ids": spaces.Box(0, 9, (12,), np.int64)}
+    lengths = {name: spaces.Box(0, 12, (1,), np.int64) for name in ("length", "prompt_length")}
+    return spaces.Dict(box | lengths)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_the_score_lands_on_the_last_real_token(new_tokens: int) -> None:
+    """Of a text of one token, and of one that fills the rollout."""
+    import torch as th
+
+    buffer = SegmentBuffer(4, space(), spaces.Discrete(10), device="cpu", gamma=1.0, gae_lambda=1.0, n_envs=1)
+    ids = np.zeros((1, 12), dtype=np.int64)
+    ids[0, :3] = (7, 8, 9)
+    length, step_of_text = 3, 0
+    for step in range(4):
+        obs = {"input_ids": ids.copy(), "length": np.array([[length]]), "prompt_length": np.array([[3]])}
+        action = np.array([[step + 2]])
+        ends = step_of_text + 1 == new_tokens
+        start = np.array([step_of_text == 0])
+        buffer.add(obs, action, np.array([5.0 * ends]), start, th.zeros(1, 1), th.zeros(1))
+        ids[0, length] = action.item()
+        length, step_of_text = (3, 0) if ends else (length + 1, step_of_text + 1)
+    buffer.compute_returns_and_advantage(th.zeros(1), np.array([True]))
+    for batch in buffer.get(100):
+        # With gamma = lambda = 1 every token of a text shares its score, and no token that of another text.
+        np.testing.assert_allclose(batch.returns, 5.0)
+        assert len(batch.actions) == 4
+        assert (batch.observations["new_tokens"].numpy() < new_tokens).all()
+    assert buffer.rewards.ravel().tolist() == [5.0 * ((step + 1) % new_tokens == 0) for step in range(4)]

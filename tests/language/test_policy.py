@@ -1,0 +1,194 @@
+"""Slots, sampling, suppression, heads, reference."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_safe import SAFE
+from sb3_safe.functional import categorical_kl
+from sb3_safe.language.policy import SUPPRESSED, _sample
+from sb3_safe.language.slots import SlotCache
+
+from .test_agreement import rollout, text_model
+
+
+def observe(texts: list[list[int]], width: int = 20) -> dict[str, th.Tensor]:
+    ids = th.zeros(len(texts), width, dtype=th.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = th.tensor(text)
+    lengths = th.tensor([[len(text)] for text in texts])
+    return {"input_ids": ids, "length": lengths, "prompt_length": th.ones_like(lengths)}
+
+
+def test_a_slot_is_stale_when_its_text_changed_though_not_its_length() -> None:
+    slots = SlotCache(1, 3, 6, th.device("cpu"))
+    ids = th.tensor([[5, 6, 7, 0, 0, 0], [5, 6, 8, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
+    assert slots.stale_rows(ids, th.tensor([2, 2, 0])).tolist() == [0, 1]  # nothing is needed of the third
+    slots.remember(ids.clone(), th.tensor([3, 3, 1]))
+    assert slots.stale_rows(ids, th.tensor([3, 3, 1])).tolist() == []
+    ids[1, 1] = 9
+    assert slots.stale_rows(ids, th.tensor([3, 3, 1])).tolist() == [1]
+    assert slots.stale_rows(ids, th.tensor([4, 1, 1])).tolist() == [0]
+    slots.invalidate()
+    assert slots.stale_rows(ids, th.tensor([1, 1, 1])).tolist() == [0, 1, 2]
+
+
+def test_slots_give_what_a_fresh_forward_pass_gives(env_kwargs: dict[str, Any]) -> None:
+    """Whatever was in them: shorter, longer, other texts, single tokens."""
+    policy = text_model(env_kwargs).policy
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(2, 300, n).tolist() for n in (1, 5, 9)]
+    for _ in range(12):
+        obs = observe(texts)
+        with th.no_grad():
+            hidden = policy._continue(obs["input_ids"], obs["length"].view(-1))
+            for row, text in enumerate(texts):
+                alone = policy.lm.base_model(input_ids=th.tensor([text])).last_hidden_state[0, -1]
+                np.testing.assert_allclose(hidden[row], alone, atol=2e-5)
+        for row in range(3):
+            texts[row] = texts[row] + [int(generator.integers(2, 300))]
+            if generator.random() < 0.3 or len(texts[row]) > 18:
+                texts[row] = generator.integers(2, 300, generator.integers(1, 12)).tolist()
+
+
+def test_samples_follow_the_probabilities_and_never_have_probability_zero() -> None:
+    th.manual_seed(0)
+    probabilities = th.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    log_probs = th.log_softmax(th.where(probabilities > 0, probabilities.log(), SUPPRESSED), -1)
+    draws = _sample(log_probs.expand(200_000, -1))
+    frequencies = th.bincount(draws, minlength=6) / 200_000
+    assert frequencies[[0, 2, 5]].sum() == 0
+    np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(0.25 / 200_000))
+
+
+def test_no_end_token_before_the_minimum(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs | {"min_new_tokens": 3}, n_steps=40)
+    with th.no_grad():
+        model.policy.lm.get_output_embeddings().weight[1] *= 0
+        model.policy.lm.get_output_embeddings().weight[1] += 1.0  # an eager end token
+    lengths: list[int] = []
+    model.learn(240, callback=lambda local, _: lengths.extend(i["episode"]["l"] for i in local["infos"] if i) or True)
+    assert min(lengths) >= 3
+
+
+def test_the_end_token_receives_gradient(env_kwargs: dict[str, Any]) -> None:
+    """Its log-probability is trained like any other token's, and its reward is the text's score."""
+    model = text_model(env_kwargs, n_steps=40, n_envs=16)
+    with th.no_grad():
+        model.policy.lm.get_output_embeddings().weight[1] += 0.5
+    buffer = rollout(model)
+    ends = np.argwhere(buffer.actions[..., 0] == 1)
+    assert len(ends) > 0
+    assert all(buffer.rewards[step, env] != 0 or step == 0 for step, env in ends)
+    seen = 0
+    for batch in buffer.get(64):
+        is_end = batch.actions == 1
+        if not is_end.any():
+            continue
+        seen += int(is_end.sum())
+        model.policy.optimizer.zero_grad()
+        log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+        log_prob[is_end].sum().backward()
+        assert model.policy.lm.get_output_embeddings().weight.grad[1].abs().max() > 0
+    assert seen == len(ends)
+
+
+def test_critics_leave_the_language_model_alone_unless_asked(env_kwargs: dict[str, Any]) -> None:
+    for share in (0.0, 0.5):
+        model = text_model(env_kwargs, policy_kwargs={"critic_gradient": share})
+        batch = next(iter(rollout(model).get(1000)))
+        model.policy.optimizer.zero_grad()
+        model.policy.evaluate(batch.observations, batch.actions).values.sum().backward()
+        gradients = [parameter.grad for parameter in model.policy.lm.parameters()]
+        reached = any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+        assert reached == (share > 0)
+
+
+def test_heads_start_different(env_kwargs: dict[str, Any]) -> None:
+    policy = text_model(env_kwargs).policy
+    hidden = th.randn(5, 32)
+    values = policy._values(policy.heads, hidden)
+    assert values.shape == (5, 2)
+    assert (values[:, 0] - values[:, 1]).abs().min() > 1e-4
+
+
+def test_the_reference_stays_where_it_was(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, learning_rate=1e-2)
+    batch = next(iter(rollout(model).get(1000)))
+    before = model.policy.reference_log_prob(batch.observations, batch.actions)
+    np.testing.assert_allclose(before, batch.old_log_prob, atol=1e-5)
+    assert model.policy.exact_kl(batch.observations).abs().max() < 1e-6
+    model.train()
+    np.testing.assert_array_equal(model.policy.reference_log_prob(batch.observations, batch.actions), before)
+    _, log_probs = model.policy._score(model.policy.lm, batch.observations)
+    _, reference = model.policy._score(model.policy.reference, batch.observations)
+    expected = (log_probs.exp() * (log_probs - reference)).sum(-1)
+    assert expected.mean() > 1e-4
+    np.testing.assert_allclose(model.policy.exact_kl(batch.observations).detach(), expected.detach(), atol=1e-5)
+    np.testing.assert_allclose(categorical_kl(log_probs, reference).detach(), expected.detach(), atol=1e-5)
+
+
+def test_critic_rate_multiplies_the_learning_rate_of_the_heads(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, learning_rate=1e-3, policy_kwargs={"critic_rate": 4.0})
+    model.learn(100)
+    assert [group["lr"] for group in model.policy.optimizer.param_groups] == pytest.approx([1e-3, 4e-3])
+
+
+def test_greedy_prediction_is_deterministic_and_evaluation_runs(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs)
+    obs = model.env.reset()
+    first, _ = model.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(first, model.predict(obs, deterministic=True)[0])
+    row = {key: value[0] for key, value in obs.items()}
+    assert model.predict(row, deterministic=True)[0] == first[0]
+    mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=8, warn=False)
+    assert 0 <= mean <= 1
+
+
+def test_save_and_load_keep_policy_reference_and_controller(env_kwargs: dict[str, Any], tmp_path: Any) -> None:
+    model = text_model(env_kwargs, learning_rate=5e-3).learn(13 * 6 * 3)
+    model.save(tmp_path / "model")
+    for env in (None, model.get_env()):
+        loaded = SAFE.load(tmp_path / "model", env=env, device="cpu")
+        for (name, value), (_, other) in zip(
+            model.policy.state_dict().items(), loaded.policy.state_dict().items(), strict=True
+        ):
+            assert th.equal(value, other), name
+        assert vars(loaded.controller) == vars(model.controller)
+        obs = model.env.reset()
+        np.testing.assert_array_equal(
+            loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0]
+        )
+    loaded.learn(13 * 6 * 2, reset_num_timesteps=False)
+    assert loaded.num_timesteps == model.num_timesteps + 13 * 6 * 2
+
+
+def test_trust_bound_holds_for_absurd_learning_rates(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, learning_rate=1e-1, n_epochs=3)
+    for _ in range(4):
+        rollout(model)
+        model.train()
+        total = count = 0.0
+        for batch in model.rollout_buffer.in_order(50):
+            with th.no_grad():
+                log_ratio = model.policy.evaluate(batch.observations, batch.actions).log_prob - batch.old_log_prob
+            total += float((log_ratio.double().exp() - 1 - log_ratio.double()).sum())
+            count += len(log_ratio)
+        assert total / count <= model.max_preview_kl * (1 + 1e-4)
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+def test_a_stronger_penalty_keeps_the_model_nearer_to_its_start(estimator: str, env_kwargs: dict[str, Any]) -> None:
+    drifts = []
+    for coef in (0.0, 3.0):
+        model = text_model(
+            env_kwargs, learning_rate=5e-3, n_envs=16, n_steps=16, batch_size=128, kl_estimator=estimator,
+            kl_controller="fixed", kl_controller_kwargs={"coef": coef},
+        )  # fmt: skip
+        model.learn(16 * 16 * 10)
+        drifts.append(model._update_kl)
+    assert drifts[1] < 0.7 * drifts[0]
