@@ -39,30 +39,28 @@ def soft_min(values: Tensor, temperature: float) -> Tensor:
     return lowest[..., 0] - temperature * pooled
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's objective as a loss: ``-mean(min(r A, clip(r, 1 - e, 1 + e) A))``.
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's objective as a loss per action: ``-min(r A, clip(r, 1 - e, 1 + e) A)``.
 
     :param log_ratio: ``[B]``, log-probability under the policy less that under the rollout policy.
     :param advantages: ``[B]``
     :param clip_range: ``e``
-    :return: the loss ``[]``, and the share of ratios outside the clip range ``[]`` (detached).
+    :return: ``[B]``
 
     See Schulman et al. 2017, equation 7, https://arxiv.org/abs/1707.06347
     """
     ratio = th.exp(log_ratio)
-    clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
-    loss = -th.min(advantages * ratio, advantages * clipped).mean()
-    return loss, (th.abs(ratio.detach() - 1) > clip_range).float().mean()
+    return -th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range))
 
 
-def critic_loss(
+def critic_error(
     values: Tensor,
     returns: Tensor,
     delta: float | None = None,
     old_values: Tensor | None = None,
     clip_range: float | None = None,
 ) -> Tensor:
-    """Regression of EACH critic on the returns; the mean over actions and critics.
+    """Regression of EACH critic on the returns; the mean over critics.
 
     Regressing the soft-min instead would fit the aggregate to the return and so take the pessimism out again.
     The error is squared up to ``delta`` and linear beyond: ``2 huber_delta(e)``, which is ``e^2`` inside, so
@@ -74,15 +72,16 @@ def critic_loss(
     :param delta: in units of the return; ``None`` for the squared error.
     :param old_values: ``[B, K]``, the same critics when the rollout was collected; needed for clipping.
     :param clip_range: how far a critic may move from ``old_values``, in units of the return.
-    :return: ``[]``
+    :return: ``[B]``, in squared units of the return.
 
     See SAFE, section on the critic, https://arxiv.org/abs/2602.04651
     """
     targets = returns.unsqueeze(-1).expand_as(values)
-    if clip_range is None or old_values is None:
-        return _regression_error(values, targets, delta).mean()
-    clipped = old_values + th.clamp(values - old_values, -clip_range, clip_range)
-    return th.max(_regression_error(values, targets, delta), _regression_error(clipped, targets, delta)).mean()
+    error = _regression_error(values, targets, delta)
+    if clip_range is not None and old_values is not None:
+        clipped = old_values + th.clamp(values - old_values, -clip_range, clip_range)
+        error = th.max(error, _regression_error(clipped, targets, delta))
+    return error.mean(dim=-1)
 
 
 def _regression_error(values: Tensor, targets: Tensor, delta: float | None) -> Tensor:

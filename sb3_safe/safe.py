@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
@@ -390,89 +391,85 @@ class SAFE(OnPolicyAlgorithm):
         self._update_learning_rate(policy.optimizer)
         self._clip = self.clip_range(progress)  # type: ignore[operator]
         self._clip_vf = self.clip_range_vf(progress) if self.clip_range_vf is not None else None  # type: ignore[operator]
+        self._delta = None if self.huber_delta is None else self.huber_delta * policy.return_scale.item()
         start = self._get_trainable()
-        log: dict[str, list[Tensor]] = defaultdict(list)
-        kls: list[float] = []
-        skipped = 0
+        log: list[dict[str, float]] = []
         for epoch, batch in (
             (i, batch) for i in range(self.n_epochs) for batch in self.rollout_buffer.get(self.batch_size)
         ):
             loss, parts = self._loss(batch)
-            if not math.isfinite(loss.item()):
+            if not math.isfinite(parts["loss"]):
                 self._set_trainable(start)
-                raise NonFiniteError(self._describe(parts, epoch, len(kls)))
-            kls.append(parts["approx_kl"].item())
-            if self.target_kl is not None and kls[-1] > 1.5 * self.target_kl:
+                raise NonFiniteError(self._describe(parts, epoch, len(log)))
+            log.append(parts)
+            if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                 break
-            skipped += not self._step(loss, self._preview_scale(kls))
-            for name, value in parts.items():
-                log[name].append(value)
-        if skipped == len(kls):
+            parts["skipped"] = float(not self._step(loss, self._preview_scale(log)))
+        means = {name: fmean(parts.get(name, 0.0) for parts in log) for name in log[0]}
+        if means.get("skipped") == 1:
             raise NonFiniteError(f"every gradient of update {self._n_updates} is NaN or infinite; lower learning_rate")
         self._n_updates += self.n_epochs
-        self.n_skipped_steps += skipped
-        last_epoch = kls[-math.ceil(len(kls) / self.n_epochs) :]
-        walked = self._keep_within_bound(start, last_epoch)
+        self.n_skipped_steps += round(means.get("skipped", 0.0) * len(log))
+        last_epoch = [parts["approx_kl"] for parts in log[-math.ceil(len(log) / self.n_epochs) :]]
+        kept = self._keep_within_bound(start, last_epoch)
         if self.kl_reference == "rollout":
-            self._update_kl = float(np.mean(last_epoch)) * walked**2
-        self._log_update({name: th.stack(values).mean().item() for name, values in log.items()}, walked)
+            self._update_kl = fmean(last_epoch) * kept**2
+        self._log_update(means, kept)
 
-    def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a minibatch, and its parts (detached) for the log."""
+    def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a minibatch ``[]``, and means over its actions for the log."""
         values, log_prob, entropy = self.policy.evaluate(batch.observations, batch.actions)
+        if entropy is None:  # no closed form: the log-probability of the actions taken stands in, as in SB3
+            entropy = -log_prob
         log_ratio = log_prob - batch.old_log_prob
         advantages = functional.normalize(batch.advantages) if self.normalize_advantage else batch.advantages
-        policy_loss, clip_fraction = functional.clipped_surrogate(log_ratio, advantages, self._clip)
-        delta = None if self.huber_delta is None else self.huber_delta * self.policy.return_scale.item()
-        value_loss = functional.critic_loss(values, batch.returns, delta, batch.old_critic_values, self._clip_vf)
-        # Without a closed form the log-probability of the actions taken stands in, as in SB3.
-        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
-        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-        update_kl = functional.k3(log_ratio)
-        kl_loss, coefficient = self._kl_penalty(batch, log_prob, log_ratio, update_kl)
-        if coefficient > 0:
-            loss = loss + coefficient * kl_loss
-        parts = {
-            "entropy_loss": entropy_loss,
-            "policy_gradient_loss": policy_loss,
-            "value_loss": value_loss,
-            "approx_kl": update_kl.mean(),
-            "clip_fraction": clip_fraction,
-            "loss": loss,
-            "kl_loss": kl_loss,
-            "critic_gap": (values.amax(-1) - values.amin(-1)).mean(),
-        }
-        return loss, {name: value.detach() for name, value in parts.items()}
+        surrogate = functional.clipped_surrogate(log_ratio, advantages, self._clip)
+        error = functional.critic_error(values, batch.returns, self._delta, batch.old_critic_values, self._clip_vf)
+        # Everything is a mean over actions, so it is added up per action and reduced once.
+        loss = surrogate + self.vf_coef * error
+        if self.ent_coef != 0:
+            loss = loss - self.ent_coef * entropy
+        with th.no_grad():
+            update_kl = functional.k3(log_ratio)
+            statistics = {
+                "policy_gradient_loss": surrogate,
+                "value_loss": error,
+                "entropy_loss": -entropy,
+                "approx_kl": update_kl,
+                "clip_fraction": (log_ratio.exp() - 1).abs() > self._clip,
+                "critic_gap": values.amax(dim=-1) - values.amin(dim=-1),
+                "kl": update_kl if batch.reference_log_prob is None else log_prob - batch.reference_log_prob,
+            }
+            means = th.stack([value.to(loss.dtype) for value in statistics.values()]).mean(dim=1).tolist()
+        parts = dict(zip(statistics, means, strict=True))
+        if self.kl_estimator != "k1":  # k1 is in the reward already
+            coefficient = self.controller.coefficient(parts["kl"])
+            if coefficient > 0:
+                loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio)
+        total = loss.mean()
+        parts["loss"] = total.item()
+        return total, parts
 
-    def _kl_penalty(
-        self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor, update_kl: Tensor
-    ) -> tuple[Tensor, float]:
-        """The KL term of the loss, whose gradient is unbiased, and its coefficient (0 where the reward carries it)."""
-        if not self.controller.active or self.kl_estimator == "k1":
-            return log_prob.new_zeros(()), 0.0
-        if self.kl_reference == "rollout":
-            term = update_kl.mean()
-            measured = term
-        else:
-            assert batch.reference_log_prob is not None
-            drift = log_prob - batch.reference_log_prob
-            measured = functional.k1(drift).mean()
-            if self.kl_estimator == "exact":
-                term = measured = self.policy.exact_kl(batch.observations).mean()
-            elif self.kl_estimator == "k3":
-                term = functional.weighted_k3(drift, log_ratio).mean()
-            else:
-                term = functional.k2(drift).mean()
-        return term, self.controller.coefficient(measured.item())
+    def _kl_term(self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor) -> Tensor:
+        """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
+        if batch.reference_log_prob is None:
+            return functional.k3(log_ratio)
+        if self.kl_estimator == "exact":
+            return self.policy.exact_kl(batch.observations)  # type: ignore[no-any-return]
+        drift = log_prob - batch.reference_log_prob
+        return functional.weighted_k3(drift, log_ratio) if self.kl_estimator == "k3" else functional.k2(drift)
 
     def _step(self, loss: Tensor, scale: float) -> bool:
         """One gradient step, ``scale`` times as long as it would be; not taken when the gradient is not finite."""
         optimizer = self.policy.optimizer
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = th.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm)
+        trained = [parameter for parameter in self._trainable() if parameter.grad is not None]
+        norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)  # type: ignore[misc]
         if not math.isfinite(norm.item()):
             return False
+        if norm.item() > self.max_grad_norm:
+            th.nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm, foreach=True)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = scale * rate
@@ -485,17 +482,18 @@ class SAFE(OnPolicyAlgorithm):
 
     # -- the promise: no update moves the policy further than max_preview_kl ----------------------------------------
 
-    def _preview_scale(self, kls: list[float]) -> float:
+    def _preview_scale(self, log: list[dict[str, float]]) -> float:
         """How much of the coming step to take, so that the KL foreseen after it stays within ``max_preview_kl``.
 
         The KL to the rollout policy grows with the square of the distance moved, so its root is extrapolated and
         the factor is ``sqrt(max / foreseen)`` (the published code never calls its preview, and has no root).
 
-        :param kls: KL to the rollout policy before this step and before the earlier ones, nats per action.
+        :param log: what was measured before this step and before the earlier ones.
         """
         if self.max_preview_kl is None:
             return 1.0
-        distance, before = (math.sqrt(max(kl, 0.0)) for kl in (kls[-1], kls[-2] if len(kls) > 1 else 0.0))
+        distance = math.sqrt(max(log[-1]["approx_kl"], 0.0))
+        before = math.sqrt(max(log[-2]["approx_kl"], 0.0)) if len(log) > 1 else 0.0
         foreseen = distance + max(distance - before, 0.0)
         return min(1.0, math.sqrt(self.max_preview_kl) / foreseen) if foreseen > 0 else 1.0
 
@@ -553,8 +551,8 @@ class SAFE(OnPolicyAlgorithm):
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("rate_factor", 1.0)
 
-    def _describe(self, parts: dict[str, Tensor], epoch: int, number: int) -> str:
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items())
+    def _describe(self, parts: dict[str, float], epoch: int, number: int) -> str:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
         return (
             f"loss is not finite in minibatch {number} (epoch {epoch}) of the update after {self.num_timesteps} steps: "
             f"{values}. Lower learning_rate, or check observations and rewards for outliers"
@@ -564,7 +562,7 @@ class SAFE(OnPolicyAlgorithm):
         """SB3's names for what SB3 logs; all means are over the whole update."""
         buffer, policy, record = self.rollout_buffer, self.policy, self.logger.record
         for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "loss"):
-            record(f"train/{name}", means.get(name, math.nan))
+            record(f"train/{name}", means[name])
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         record("train/n_updates", self._n_updates, exclude="tensorboard")
         record("train/clip_range", self._clip)
@@ -572,8 +570,7 @@ class SAFE(OnPolicyAlgorithm):
             record("train/clip_range_vf", self._clip_vf)
         if hasattr(policy, "log_std"):
             record("train/std", th.exp(policy.log_std).mean().item())
-        record("safe/critic_gap", means.get("critic_gap", math.nan))
-        record("safe/kl_loss", means.get("kl_loss", math.nan))
+        record("safe/critic_gap", means["critic_gap"])
         record("safe/update_kept", kept)
         record("safe/skipped_steps", self.n_skipped_steps)
 
