@@ -6,6 +6,7 @@ environment is made.
 
 import textgen_env  # noqa: F401  (registers TextGenEnv-v0)
 
+from sb3_safe.callbacks import SampleCallback, StabilityCallback
 from sb3_safe.controller import AdaptiveKL, FixedKL, KLController, NoKL, SafeController
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from sb3_safe.safe import SAFE, NonFiniteError
@@ -20,6 +21,8 @@ __all__ = [
     "NoKL",
     "NonFiniteError",
     "SafeController",
+    "SampleCallback",
+    "StabilityCallback",
     "TwinCriticCnnPolicy",
     "TwinCriticMultiInputPolicy",
     "TwinCriticPolicy",

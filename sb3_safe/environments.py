@@ -1,5 +1,6 @@
 """From an environment id or object to SB3's vector environment, and to the policy that fits it."""
 
+import importlib
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from sb3_safe.vec_env import GymVecEnv
 
 
 def make(env_id: str, n_envs: int = 1, env_kwargs: dict[str, Any] | None = None) -> VecEnv:
-    """Create ``n_envs`` environments of a registered id.
+    """Create ``n_envs`` environments of a registered id, or of ``module:id``, whose module registers it.
 
     An environment that brings its own vector form with same-step reset is used in that form; the others are put
     side by side by SB3's ``make_vec_env`` (with its ``Monitor``).
@@ -23,15 +24,18 @@ def make(env_id: str, n_envs: int = 1, env_kwargs: dict[str, Any] | None = None)
     """
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+    module, _, name = env_id.rpartition(":")
     try:
-        spec = gym.spec(env_id)
-    except gym.error.Error as error:
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
         raise ValueError(
             f"env={env_id!r} is not a registered environment: {error} Register it, or pass the environment itself."
         ) from error
     if _has_same_step_vector_form(spec):
-        return GymVecEnv(gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **(env_kwargs or {})))
-    return make_vec_env(env_id, n_envs, env_kwargs=env_kwargs)
+        return GymVecEnv(gym.make_vec(name, n_envs, vectorization_mode="vector_entry_point", **(env_kwargs or {})))
+    return make_vec_env(name, n_envs, env_kwargs=env_kwargs)
 
 
 def _has_same_step_vector_form(spec: gym.envs.registration.EnvSpec) -> bool:

@@ -18,6 +18,7 @@ from stable_baselines3.common.distributions import (
     kl_divergence,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
@@ -337,19 +338,35 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
 
 class TwinCriticCnnPolicy(TwinCriticPolicy):
-    """:class:`TwinCriticPolicy` for images, with SB3's ``NatureCNN``."""
+    """:class:`TwinCriticPolicy` for images, with SB3's ``NatureCNN``.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", NatureCNN)
-        super().__init__(*args, **kwargs)
+    :raises ValueError: observations that are no images.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], *args: Any, **kwargs: Any) -> None:
+        extractor = kwargs.setdefault("features_extractor_class", NatureCNN)
+        normalized = not kwargs.get("normalize_images", True)
+        if extractor is NatureCNN and not is_image_space(observation_space, normalized_image=normalized):
+            raise ValueError(
+                f"policy=CnnPolicy needs images, got {observation_space}; use MlpPolicy, or MultiInputPolicy for a Dict"
+            )
+        super().__init__(observation_space, *args, **kwargs)
 
 
 class TwinCriticMultiInputPolicy(TwinCriticPolicy):
-    """:class:`TwinCriticPolicy` for Dict observations, with SB3's ``CombinedExtractor``."""
+    """:class:`TwinCriticPolicy` for Dict observations, with SB3's ``CombinedExtractor``.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    :raises ValueError: observations that are no Dict.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], *args: Any, **kwargs: Any) -> None:
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"policy=MultiInputPolicy needs Dict observations, got {observation_space}; use MlpPolicy, or "
+                "CnnPolicy for images"
+            )
         kwargs.setdefault("features_extractor_class", CombinedExtractor)
-        super().__init__(*args, **kwargs)
+        super().__init__(observation_space, *args, **kwargs)
 
 
 def _architecture(network: nn.Sequential) -> list[tuple[Any, ...]]:

@@ -26,7 +26,7 @@ def preset(env_id: str) -> dict[str, Any]:
     """
     with PRESETS_FILE.open(encoding="utf-8") as file:
         presets = yaml.safe_load(file)
-    settings: dict[str, Any] = presets["default"] | presets.get(env_id, {})
+    settings: dict[str, Any] = presets["default"] | presets.get(env_id.rpartition(":")[2], {})
     for name in SCHEDULED:
         if name in settings:
             settings[name] = _schedule(settings[name])

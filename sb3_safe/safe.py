@@ -3,6 +3,8 @@
 import math
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
+from io import BufferedIOBase
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
@@ -215,7 +217,8 @@ class SAFE(OnPolicyAlgorithm):
         # Made here, not in _setup_model: load() restores attributes between the two.
         self.controller = make_controller(kl_controller, TAU_BASE[self.kl_reference], **self.kl_controller_kwargs)
         self.n_skipped_steps = 0
-        self._update_kl = 0.0
+        self._normalizer: VecNormalize | None = None
+        self.measured_kl = 0.0
         self._finished_returns: list[float] = []
         if _init_setup_model:
             self._setup_model()
@@ -250,6 +253,9 @@ class SAFE(OnPolicyAlgorithm):
             self.policy.freeze_reference()
         if self.critic_tau < 1:
             self.policy.make_target_critics()
+
+    def _maybe_recommend_cpu(self, mlp_class_name: str = TwinCriticPolicy.__name__) -> None:
+        super()._maybe_recommend_cpu(mlp_class_name)
 
     def _check_arguments(self) -> None:
         """Everything that can be known to be wrong before any compute is spent.
@@ -369,14 +375,14 @@ class SAFE(OnPolicyAlgorithm):
             buffer.annotate(**{name: th.cat(parts) for name, parts in annotations.items()})
         if needs_reference:
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
-            self._update_kl = functional.k1(log_ratio).mean().item()
+            self.measured_kl = functional.k1(log_ratio).mean().item()
         if controller.active:
             # The mean of -log pi over the actions taken estimates the entropy, without another forward pass.
             dimensions = max(1, buffer.action_dim)
-            controller.update(self._finished_returns, self._update_kl, float(-buffer.log_probs.mean()) / dimensions)
+            controller.update(self._finished_returns, self.measured_kl, float(-buffer.log_probs.mean()) / dimensions)
             for name, value in controller.metrics().items():
                 self.logger.record(f"safe/{name}", value)
-            self.logger.record("safe/kl", self._update_kl)
+            self.logger.record("safe/kl", self.measured_kl)
         if needs_reference and self.kl_estimator == "k1":
             buffer.subtract_from_rewards(controller.coefficient() * log_ratio.cpu().numpy())
         spread = float(buffer.returns.std())
@@ -413,7 +419,7 @@ class SAFE(OnPolicyAlgorithm):
         last_epoch = [parts["approx_kl"] for parts in log[-math.ceil(len(log) / self.n_epochs) :]]
         kept = self._keep_within_bound(start, last_epoch)
         if self.kl_reference == "rollout":
-            self._update_kl = fmean(last_epoch) * kept**2
+            self.measured_kl = fmean(last_epoch) * kept**2
         self._log_update(means, kept)
 
     def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
@@ -573,6 +579,38 @@ class SAFE(OnPolicyAlgorithm):
         record("safe/critic_gap", means["critic_gap"])
         record("safe/update_kept", kept)
         record("safe/skipped_steps", self.n_skipped_steps)
+
+    def save(
+        self,
+        path: str | Path | BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save parameters, optimizer, controller, and the statistics of a ``VecNormalize`` around the environment.
+
+        :param path: file, with or without ``.zip``.
+        :param exclude: attributes to leave out besides the usual ones.
+        :param include: attributes to save although they usually are not.
+        """
+        self._normalizer = self._vec_normalize_env
+        super().save(path, exclude, include)
+
+    @classmethod
+    def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved model; see ``BaseAlgorithm.load``.
+
+        An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
+        the policy would see numbers it has never seen in training.
+
+        :param path: what ``save`` was given.
+        :param env: the environment to go on with; ``None`` to predict only.
+        """
+        model = super().load(path, env, *args, **kwargs)
+        normalizer = model._normalizer
+        if normalizer is not None and model.env is not None and model._vec_normalize_env is None:
+            normalizer.set_venv(model.env)
+            model.env = model._vec_normalize_env = normalizer
+        return model
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_finished_returns"]

@@ -122,8 +122,17 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         return parameters | optimizer | self._arguments | {"lr_schedule": self._dummy_schedule}
 
     def set_training_mode(self, mode: bool) -> None:
-        """Weights are about to change, or have changed: no slot is trusted any more. Dropout stays off."""
+        """Entering and leaving training, weights change: no slot is trusted any more. Dropout stays off."""
+        if mode or self.training:  # not on every predict(), which asks for evaluation mode each time
+            self._invalidate()
         self.training = mode
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; no slot is trusted any more."""
+        self._invalidate()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _invalidate(self) -> None:
         if self._slots is not None:
             self._slots.invalidate()
 

@@ -1,0 +1,51 @@
+# Every target works in a fresh clone: it makes .venv and installs what it needs, once.
+#
+# On Linux, PyPI's PyTorch brings CUDA along. Where that is not wanted:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED = $(VENV)/.installed-
+
+.PHONY: help demo test test-slow docs clean
+
+help:
+	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
+	@echo "make test       lint, types, tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make docs       docs/_build/html/index.html"
+	@echo "make clean      remove $(VENV) and what was built"
+
+demo: $(INSTALLED)demo
+	$(BIN)/python -m sb3_safe.demo $(DEMO_ARGS)
+
+test: $(INSTALLED)dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)dev
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+docs: $(INSTALLED)docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra. PyTorch goes first, by itself: the pinned build is then there before anything asks for another.
+$(INSTALLED)%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing sb3-safe[$*] into $(VENV). PyTorch is a large download; this is done once."
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	@touch $@

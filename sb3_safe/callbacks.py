@@ -1,0 +1,288 @@
+"""Callbacks that watch a run: how stable it is, and what texts its policy writes."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_safe.stability import distinct_n, stability_metrics
+
+ROWS_FILE = "stability.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+# Column of a row, and the name under which train() logs it.
+TRAINING_LOG = {
+    "update_kl": "train/approx_kl",
+    "explained_variance": "train/explained_variance",
+    "clip_fraction": "train/clip_fraction",
+    "critic_gap": "safe/critic_gap",
+}
+LOGGED = ("crashes", "dispersion", "dispersion_net", "kl_spikes", "entropy_floor_hits")
+
+Infos = Sequence[Mapping[str, Any]]
+
+
+class StabilityCallback(BaseCallback):
+    """One row per rollout of what tells a stable run from an unstable one. For any on-policy algorithm of SB3.
+
+    A row is complete when the update on its rollout is over, and is written at once. Its columns, where they apply:
+
+    - ``timesteps`` at the end of the rollout; ``seconds`` of training until the end of its update
+    - ``episodes`` that ended in the rollout; mean ``reward`` (return) and sample deviation ``reward_std``; mean
+      ``length``
+    - ``entropy``: mean of ``-log pi`` over the actions taken, nats per action dimension
+    - ``update_kl``, ``clip_fraction``, ``explained_variance``, ``critic_gap``, as logged by the update
+    - ``kl`` to the reference policy, nats per action, and all metrics of the KL controller (``threshold``,
+      ``kl_short``, ``gate``, ``entropy_floor``, ``phase``, ...)
+    - of texts: ``stop_share``, the share that ended by the end token; ``distinct_2``; ``part/<name>``, the mean of each
+      part of the reward
+    - what ``extra`` returns
+
+    A value that is missing or not finite is left out of its row. Logged are ``stability/crashes``, ``dispersion``,
+    ``dispersion_net``, ``kl_spikes``, ``entropy_floor_hits``: see :mod:`sb3_safe.stability`.
+
+    :param folder: rows go to ``stability.jsonl`` in it. A run that starts at step 0 begins a new file, one that goes on
+        continues it from the step it goes on at.
+    :param extra: further columns from the infos of the episodes that ended in a rollout. For reports: the
+        algorithm never sees them.
+    :param verbose: see SB3.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        extra: Callable[[Infos], Mapping[str, float]] | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.path = None if folder is None else Path(folder) / ROWS_FILE
+        self.extra = extra
+        #: The rows of the run so far.
+        self.rows: list[dict[str, float]] = []
+        self._finished: list[dict[str, Any]] = []
+        self._row: dict[str, float] | None = None
+        self._start = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def _init_callback(self) -> None:
+        if getattr(self.model, "rollout_buffer", None) is None:
+            raise ValueError(
+                f"StabilityCallback reads the rollouts of on-policy algorithms; {type(self.model).__name__} has none"
+            )
+
+    def _on_training_start(self) -> None:
+        self.rows = _continue_file(self.path, self.rows, self.model.num_timesteps)
+        self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        self._row = None
+
+    def _on_rollout_start(self) -> None:
+        self._complete_row()
+        self._finished = []
+
+    def _on_step(self) -> bool:
+        self._finished += [info for info in self.locals["infos"] if "episode" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        # The buffer is emptied before the next rollout starts, so what is needed of it is taken now.
+        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        dimensions = max(1, buffer.action_dim)
+        self._row = {
+            "timesteps": self.model.num_timesteps,
+            "entropy": -float(buffer.log_probs.mean()) / dimensions,
+            **episode_columns(self._finished),
+            **(self.extra(self._finished) if self.extra is not None and self._finished else {}),
+        }
+
+    def _on_training_end(self) -> None:
+        self._complete_row()
+
+    def _complete_row(self) -> None:
+        """Add what the update logged. Called when it is over: before the next rollout, or after training."""
+        if self._row is None:
+            return
+        # SB3 empties its log after the next rollout only.
+        log = self.logger.name_to_value
+        row = self._row | {column: log[name] for column, name in TRAINING_LOG.items() if name in log}
+        controller = getattr(self.model, "controller", None)
+        if controller is not None and controller.active:
+            row |= controller.metrics() | {"kl": self.model.measured_kl}  # type: ignore[attr-defined]
+        row["seconds"] = round(time.monotonic() - self._start, 3)
+        self._row = None
+        # NumPy's numbers, of which SB3's log has some, are not JSON.
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+        self.rows.append({name: value for name, value in plain.items() if math.isfinite(value)})
+        if self.path is not None:
+            write_json_lines(self.path, self.rows[-1:], append=True)
+        self._log_metrics()
+
+    def _log_metrics(self) -> None:
+        # Computed at every row of a short run and ever more rarely in a long one, so that the cost stays in proportion.
+        if len(self.rows) % (len(self.rows) // 100 + 1) == 0:
+            self._metrics = stability_metrics(self.rows)
+        for name in LOGGED:
+            if name in self._metrics:
+                self.logger.record(f"stability/{name}", self._metrics[name])
+
+
+def episode_columns(infos: Infos) -> dict[str, float]:
+    """What the infos of a rollout's finished episodes say; see :class:`StabilityCallback` for the names.
+
+    :param infos: each with ``episode``; those of texts with ``completion_ids``, ``finish_reason``, ``reward_parts``.
+    """
+    columns: dict[str, float] = {"episodes": len(infos)}
+    if not infos:
+        return columns
+    returns = np.array([info["episode"]["r"] for info in infos], dtype=np.float64)
+    columns["reward"] = float(returns.mean())
+    columns["length"] = float(np.mean([info["episode"]["l"] for info in infos]))
+    if len(infos) > 1:
+        columns["reward_std"] = float(returns.std(ddof=1))
+    texts = [info for info in infos if "completion_ids" in info]
+    if texts:
+        columns["stop_share"] = float(np.mean([text["finish_reason"] == "stop" for text in texts]))
+        columns["distinct_2"] = distinct_n([text["completion_ids"] for text in texts])
+        for name in texts[0].get("reward_parts", {}):
+            columns[f"part/{name}"] = float(np.mean([text["reward_parts"][name] for text in texts]))
+    return columns
+
+
+class SampleCallback(BaseCallback):
+    """Texts that the policy writes on the same prompts, with the same random numbers, as training goes on.
+
+    Before training, every so many rollouts, and at its end. They go to TensorBoard as ``samples/texts``. Training is
+    not disturbed: no random number of its own is used up.
+
+    :param env: a text environment of its own, with as many rows as there are to be texts.
+    :param prompts: one per row; ``None``: those that the environment draws with ``seed``.
+    :param every: rollouts between two samples.
+    :param seed: of prompts and sampling.
+    :param folder: samples go to ``samples.jsonl`` in it, which is begun and continued as the rows' file is.
+    :param verbose: 1: print them too.
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        prompts: Sequence[Any] | None = None,
+        every: int = 10,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.env = env
+        self.prompts = prompts
+        self.every = every
+        self.seed = seed
+        self.path = None if folder is None else Path(folder) / SAMPLES_FILE
+        #: Dicts with ``timesteps``, ``prompt``, ``completion``, ``reward``, ``finish_reason``.
+        self.samples: list[dict[str, Any]] = []
+        self._rollouts = 0
+
+    def _on_training_start(self) -> None:
+        self.samples = _continue_file(self.path, self.samples, self.model.num_timesteps)
+
+    def _on_rollout_start(self) -> None:
+        if self._rollouts % self.every == 0:
+            self._sample()
+        self._rollouts += 1
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self._sample()
+
+    def _sample(self) -> None:
+        steps = self.model.num_timesteps
+        samples = [
+            {
+                "timesteps": steps,
+                "prompt": text["prompt"],
+                "completion": text["completion"],
+                "reward": text["episode"]["r"],
+                "finish_reason": text["finish_reason"],
+            }
+            for text in write_texts(self.model, self.env, self.prompts, self.seed)
+        ]
+        self.samples += samples
+        if self.path is not None:
+            write_json_lines(self.path, samples, append=True)
+        lines = [f"{sample['reward']:+.2f} | {sample['prompt']} >>>{sample['completion']}" for sample in samples]
+        if self.verbose >= 1:
+            print(f"After {steps} steps:", *lines, sep="\n  ")
+        # Indented by four, so that TensorBoard's Markdown shows the text as it is.
+        markdown = "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
+        self.logger.record("samples/texts", markdown, exclude=("stdout", "log", "json", "csv"))
+
+
+def write_texts(
+    model: BaseAlgorithm, env: VecEnv, prompts: Sequence[Any] | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Let a model write one sampled text per row of a text environment.
+
+    :param model: any SB3 algorithm whose policy writes tokens.
+    :param env: not the one it is training in.
+    :param prompts: one per row; ``None``: those that the environment draws with ``seed``.
+    :param seed: of prompts and sampling; torch's own generators are left as they were.
+    :return: the infos of the episodes, in the order of rows. ``terminal_observation`` holds the whole text's ids.
+    """
+    texts: dict[int, dict[str, Any]] = {}
+    with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        th.manual_seed(seed)
+        env.seed(seed)
+        env.set_options({} if prompts is None else {"prompts": list(prompts)})
+        observations: Any = env.reset()
+        while len(texts) < env.num_envs:
+            actions, _ = model.predict(observations, deterministic=False)
+            observations, _, dones, infos = env.step(actions)
+            # A row that is done goes on with another text, which is of no interest here.
+            texts |= {row: infos[row] for row in np.flatnonzero(dones).tolist() if row not in texts}
+    return [texts[row] for row in range(env.num_envs)]
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], append: bool = False) -> None:
+    """Write one JSON object a line and close the file, so that nothing is lost if the program dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_json_lines` wrote; a last line that was cut off while being written is left out.
+
+    :raises ValueError: another line is not JSON.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _continue_file(path: Path | None, rows: list[dict[str, Any]], timesteps: int) -> list[dict[str, Any]]:
+    """The rows that a run going on at ``timesteps`` follows upon; the file then holds just these.
+
+    Rows after that step belong to a future that did not happen: the model was restored from before them.
+    """
+    if not rows and timesteps > 0 and path is not None and path.exists():
+        rows = read_json_lines(path)
+    # At step 0 nothing has happened yet, but a run that is started anew may have left rows of step 0.
+    rows = [row for row in rows if row["timesteps"] <= timesteps] if timesteps > 0 else []
+    if path is not None:
+        write_json_lines(path, rows)
+    return rows

@@ -1,0 +1,145 @@
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from sb3_safe import cli
+from sb3_safe.callbacks import write_json_lines
+from sb3_safe.report import PANELS, write_report
+
+
+def run(phases: bool = True) -> list[dict[str, float]]:
+    """A run with every column that a report can show."""
+    columns = {name for panel in PANELS for name in (panel.column, panel.band, panel.limit, panel.raw) if name}
+    rows = [{name: 0.1 * step for name in sorted(columns)} for step in range(12)]
+    for step, row in enumerate(rows):
+        row |= {"timesteps": 100.0 * (step + 1), "seconds": float(step), "episodes": 5, "reward_std": 0.5}
+        if phases:
+            row["phase"] = float(min(step // 4, 2))
+    return rows
+
+
+def figures(page: str) -> dict[str, str]:
+    """The SVG text of each figure, by id."""
+    found = re.findall(r'<figure id="(\w+)">.*?src="data:image/svg\+xml;base64,([^"]+)"', page, flags=re.DOTALL)
+    return {name: base64.b64decode(data).decode() for name, data in found}
+
+
+def test_a_report_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    page = write_report({"one": run()}, tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!data:|#)', page)
+    assert not re.search(r"<script|<link|@import|url\(", page)
+    for svg in figures(page).values():
+        assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!data:|#)', svg)
+
+
+def test_a_report_has_every_plot_whose_column_is_there(tmp_path: Path) -> None:
+    drawn = figures(write_report({"one": run()}, tmp_path / "all.html").read_text())
+    assert list(drawn) == [panel.column for panel in PANELS]
+    for svg in drawn.values():
+        ElementTree.fromstring(svg)
+    few = [{"timesteps": 1.0, "reward": 2.0}, {"timesteps": 2.0, "entropy": 0.5}]
+    assert list(figures(write_report({"few": few}, tmp_path / "few.html").read_text())) == ["reward", "entropy"]
+
+
+def test_phases_are_shaded_behind_the_curves(tmp_path: Path) -> None:
+    with_phases = figures(write_report({"one": run()}, tmp_path / "with.html").read_text())
+    without = figures(write_report({"one": run(phases=False)}, tmp_path / "without.html").read_text())
+    for name in with_phases:
+        # Colours of WARMUP, CLIMBING and PLATEAU, which the run goes through.
+        for color in ("#d9d9d9", "#cfe8cf", "#ffe3b8"):
+            assert color in with_phases[name]
+            assert color not in without[name]
+
+
+def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
+    page = write_report({"safe": run(), "ppo": run(phases=False)}, tmp_path / "report.html").read_text()
+    assert "<th></th><th>safe</th><th>ppo</th>" in page
+    assert all("#1f77b4" in svg and "#ff7f0e" in svg for svg in figures(page).values())
+    assert "phases are those of safe" in page
+
+
+def test_the_summary_compares_the_first_tenth_with_the_last(tmp_path: Path) -> None:
+    # Twenty rewards 0, 0.1, ... 1.9: the means of the first two and of the last two.
+    rows = [{"timesteps": 1.0 + step, "reward": 0.1 * step} for step in range(20)]
+    page = write_report({"one": rows}, tmp_path / "report.html").read_text()
+    assert re.search(r"<td>reward</td><td class=\"number\">0\.05 → 1\.85</td>", page)
+
+
+def test_whatever_texts_and_names_contain_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>'
+    samples = [
+        {"timesteps": step, "prompt": evil + "p", "completion": f"{evil}{step}", "reward": 0.5} for step in (0, 5, 9)
+    ]
+    rows = [{"timesteps": 1.0, "reward": 2.0, "phase": 0.0}]
+    page = write_report(
+        {evil: rows, "b": rows}, tmp_path / "r.html", samples, title=evil, evaluation={evil: (1.25, 2.5)}
+    ).read_text()
+    assert "<script" not in page
+    escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;"
+    assert f"{escaped}0" in page and f"{escaped}9" in page
+    assert f"{escaped}5" not in page, "only the first and the last text of a prompt are shown"
+    assert '<td class="number">1.25</td><td class="number">2.5</td>' in page
+
+
+def test_a_report_of_the_same_run_is_the_same_file(tmp_path: Path) -> None:
+    rows = [{"timesteps": 1.0, "reward": 2.0, "reward_std": 1.0}, {"timesteps": 2.0, "reward": 3.0, "reward_std": 0.5}]
+    first, again = (write_report({"one": rows}, tmp_path / f"{i}.html").read_bytes() for i in range(2))
+    assert first == again
+
+
+def test_a_report_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report({"one": []}, tmp_path / "report.html")
+
+
+def test_a_missing_matplotlib_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'sb3-safe\[report\]'"):
+        write_report({"one": run()}, tmp_path / "report.html")
+
+
+def make_folder(folder: Path) -> str:
+    rows = [{"timesteps": 10.0 * step, "reward": 0.5 * step} for step in range(1, 6)]
+    write_json_lines(folder / "stability.jsonl", rows)
+    return str(folder)
+
+
+def test_the_command_compares_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [make_folder(tmp_path / name) for name in ("safe", "ppo")]
+    output = tmp_path / "out" / "both.html"
+    assert cli.main(["report", *folders, "-o", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert "<th></th><th>safe</th><th>ppo</th>" in output.read_text()
+
+
+def test_the_command_shows_the_samples_of_a_single_run(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "demo")
+    sample = {"timesteps": 0, "prompt": "Once", "completion": " upon a time", "reward": 1.5}
+    (tmp_path / "demo" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    output = tmp_path / "report.html"
+    assert cli.main(["report", folder, "-o", str(output)]) == 0
+    assert " upon a time" in output.read_text()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [make_folder(tmp_path / seed / "run") for seed in ("a", "b")]
+    output = tmp_path / "report.html"
+    assert cli.main(["report", *folders, "-o", str(output)]) == 0
+    assert all(f"<th>{folder}</th>" in output.read_text() for folder in folders)
+
+
+def test_errors_of_the_command_name_the_folder_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
+    assert f"{tmp_path / 'nowhere'} is not a folder" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert f"{tmp_path} has no stability.jsonl" in capsys.readouterr().err
+    (tmp_path / "stability.jsonl").touch()
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "stability.jsonl is empty" in capsys.readouterr().err
