@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
 
 PRESETS_FILE = Path(__file__).with_name("presets.yml")
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
@@ -30,6 +31,9 @@ def preset(env_id: str) -> dict[str, Any]:
     for name in SCHEDULED:
         if name in settings:
             settings[name] = _schedule(settings[name])
+    if "policy_kwargs" in settings:
+        # Written as the Zoo writes it, an expression, because classes such as nn.ReLU have no other form in YAML.
+        settings["policy_kwargs"] = eval(settings["policy_kwargs"], {"nn": nn, "dict": dict})
     return settings
 
 
@@ -68,6 +72,8 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
         settings = preset(policy)
         self.n_timesteps = settings.pop("n_timesteps")
         self.preset_normalize = settings.pop("normalize", False)
+        if "policy_kwargs" in settings and given.get("policy_kwargs") is not None:
+            given["policy_kwargs"] = settings["policy_kwargs"] | given["policy_kwargs"]
         settings |= {name: value for name, value in given.items() if name != "policy"}
         settings["env"] = policy
         settings.setdefault("policy", "auto")
