@@ -58,6 +58,16 @@ def fitting_policy(env: VecEnv) -> str:
     return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
 
 
+def check_policy(env: VecEnv, policy: str) -> None:
+    """Refuse another policy than the one that the environment names.
+
+    :raises ValueError: with the name of the right one.
+    """
+    named = _metadata(env).get("policy", policy)
+    if policy != named:
+        raise ValueError(f"policy={policy!r} does not fit this environment, which is made for policy={named!r}")
+
+
 def advertised_policy_kwargs(env: VecEnv, policy: str) -> dict[str, Any]:
     """Arguments that the environment's metadata has for the policy it names; empty for any other policy."""
     metadata = _metadata(env)

@@ -175,6 +175,7 @@ class SAFE(OnPolicyAlgorithm):
             if policy == "auto":
                 policy = environments.fitting_policy(env)
             if isinstance(policy, str):
+                environments.check_policy(env, policy)
                 policy_kwargs = environments.advertised_policy_kwargs(env, policy) | (policy_kwargs or {})
         super().__init__(
             policy,  # type: ignore[arg-type]
@@ -519,9 +520,10 @@ class SAFE(OnPolicyAlgorithm):
         while not (kl := self._whole_batch_kl()) <= bound:  # "not <=" is also true of NaN
             kept *= min(0.5, 0.9 * math.sqrt(bound / kl)) if kl < math.inf else 0.1
             if not kept > 1e-6:
-                kept = 0.0
-            # At 0 the old parameters themselves: 0 times an infinite parameter would not be 0.
-            self._set_trainable([th.lerp(a, b, kept) for a, b in zip(start, end, strict=True)] if kept > 0 else start)
+                # The old parameters themselves: 0 times an infinite parameter would not be 0.
+                self._set_trainable(start)
+                return 0.0
+            self._set_trainable([th.lerp(a, b, kept) for a, b in zip(start, end, strict=True)])
         return kept
 
     def _whole_batch_kl(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 
@@ -24,7 +25,7 @@ class GymVecEnv(VecEnv):
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
                 f"env: {type(envs).__name__} has autoreset_mode={mode}, but SB3 needs SAME_STEP; create it with "
-                "gymnasium.make_vec(..., vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})"
+                "gymnasium.make_vec(id, n, 'sync', vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})"
             )
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
@@ -93,8 +94,9 @@ class GymVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Rows of a vector environment are never wrapped."""
-        return [False for _ in self._get_indices(indices)]
+        """Never, but an environment that reports its episodes, and says so in its metadata, counts as monitored."""
+        monitored = wrapper_class is Monitor and bool(self.envs.metadata.get("reports_episodes"))
+        return [monitored for _ in self._get_indices(indices)]
 
 
 _FINAL = {"final_obs", "_final_obs", "final_info", "_final_info"}

@@ -144,7 +144,7 @@ def test_greedy_prediction_is_deterministic_and_evaluation_runs(env_kwargs: dict
     np.testing.assert_array_equal(first, model.predict(obs, deterministic=True)[0])
     row = {key: value[0] for key, value in obs.items()}
     assert model.predict(row, deterministic=True)[0] == first[0]
-    mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=8, warn=False)
+    mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=8)
     assert 0 <= mean <= 1
 
 
