@@ -166,8 +166,8 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError("env is missing: pass an environment or its id")
         if isinstance(env, str):
             env = environments.make(env, n_envs, env_kwargs)
-        elif env_kwargs is not None:
-            raise ValueError("env_kwargs only apply when env is an id; the environment is already built")
+        elif env is not None and (env_kwargs is not None or n_envs != 1):
+            raise ValueError("n_envs and env_kwargs only apply when env is an id; this environment is built already")
         if env is not None:
             env = self._wrap_env(env, verbose)
             if self.preset_normalize:
@@ -213,10 +213,12 @@ class SAFE(OnPolicyAlgorithm):
         self.kl_reference: Reference = (
             getattr(self.policy_class, "kl_reference", "rollout") if kl_reference == "auto" else kl_reference
         )
+        if self.kl_reference not in ESTIMATORS:
+            raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {kl_reference!r}")
         self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
         self.max_preview_kl = max_preview_kl
         # Made here, not in _setup_model: load() restores attributes between the two.
-        self.controller = make_controller(kl_controller, TAU_BASE[self.kl_reference], **self.kl_controller_kwargs)
+        self._make_controller()
         self.n_skipped_steps = 0
         self._normalizer: VecNormalize | None = None
         self.measured_kl = 0.0
@@ -239,8 +241,15 @@ class SAFE(OnPolicyAlgorithm):
             return LanguagePolicy
         return super()._get_policy_from_name(policy_name)
 
+    def _make_controller(self) -> None:
+        self.controller = make_controller(self.kl_controller, TAU_BASE[self.kl_reference], **self.kl_controller_kwargs)
+        # A list, because that is what saving makes of a tuple.
+        self._controller_made_of = [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]
+
     def _setup_model(self) -> None:
         self._check_arguments()
+        if self._controller_made_of != [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]:
+            self._make_controller()  # load() was asked for another one than was saved
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = getattr(self.policy_class, "rollout_buffer_class", None) or buffer_class_for(
                 self.observation_space
@@ -277,8 +286,6 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError(f"batch_size must be at least 2 to normalise advantages, got {self.batch_size}")
         if self.n_epochs < 1:
             raise ValueError(f"n_epochs must be at least 1, got {self.n_epochs}")
-        if self.kl_reference not in ESTIMATORS:
-            raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {self.kl_reference!r}")
         if self.kl_estimator not in ESTIMATORS[self.kl_reference]:
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
@@ -338,9 +345,13 @@ class SAFE(OnPolicyAlgorithm):
     ) -> bool:
         """SB3's rollout; then the controller is told what it showed."""
         self._finished_returns = []
-        if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
-            return False
-        self._check_rewards()
+        try:
+            if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
+                return False
+        except (RuntimeError, ValueError):  # torch refuses to draw from a distribution that is not finite
+            self._check_observations()
+            raise
+        self._check_rollout()
         self._observe_rollout()
         return True
 
@@ -348,15 +359,27 @@ class SAFE(OnPolicyAlgorithm):
         super()._update_info_buffer(infos, dones)
         self._finished_returns += [float(info["episode"]["r"]) for info in infos if "episode" in info]
 
-    def _check_rewards(self) -> None:
-        bad = np.argwhere(~np.isfinite(self.rollout_buffer.rewards))
-        if len(bad) > 0:
-            step, env = bad[0]
-            raise NonFiniteError(
-                f"reward of environment {env} at step {step} of the rollout is "
-                f"{self.rollout_buffer.rewards[step, env]} ({len(bad)} such rewards, "
-                f"after {self.num_timesteps} steps in all); check the reward function"
-            )
+    def _check_observations(self) -> None:
+        """Name the observation that made a distribution refuse its parameters."""
+        last: Any = self._last_obs
+        for key, array in (last if isinstance(last, dict) else {"": last}).items():
+            for index in np.argwhere(~np.isfinite(array))[:1]:
+                raise NonFiniteError(
+                    f"observation {key} of environment {index[0]} is {array[tuple(index)]} after {self.num_timesteps} "
+                    "steps; check the environment"
+                )
+
+    def _check_rollout(self) -> None:
+        # What a network made of an observation comes first: its action may have spoilt the reward.
+        for name, cause in {"values": "observations", "rewards": "the reward function"}.items():
+            array = getattr(self.rollout_buffer, name)
+            bad = np.argwhere(~np.isfinite(array))
+            if len(bad) > 0:
+                step, env = bad[0]
+                raise NonFiniteError(
+                    f"{name[:-1]} of environment {env} at step {step} of the rollout is {array[step, env]} ({len(bad)} "
+                    f"such {name}, after {self.num_timesteps} steps in all); check {cause}"
+                )
 
     @th.no_grad()
     def _observe_rollout(self) -> None:
@@ -408,16 +431,16 @@ class SAFE(OnPolicyAlgorithm):
             if not math.isfinite(parts["loss"]):
                 self._set_trainable(start)
                 raise NonFiniteError(self._describe(parts, epoch, len(log)))
-            log.append(parts)
+            log.append(parts | {"epoch": epoch})
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                 break
-            parts["skipped"] = float(not self._step(loss, self._preview_scale(log)))
+            log[-1]["skipped"] = float(not self._step(loss, self._preview_scale(log)))
         means = {name: fmean(parts.get(name, 0.0) for parts in log) for name in log[0]}
         if means.get("skipped") == 1:
             raise NonFiniteError(f"every gradient of update {self._n_updates} is NaN or infinite; lower learning_rate")
-        self._n_updates += self.n_epochs
+        self._n_updates += epoch + 1
         self.n_skipped_steps += round(means.get("skipped", 0.0) * len(log))
-        last_epoch = [parts["approx_kl"] for parts in log[-math.ceil(len(log) / self.n_epochs) :]]
+        last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
         kept = self._keep_within_bound(start, last_epoch)
         if self.kl_reference == "rollout":
             self.measured_kl = fmean(last_epoch) * kept**2
@@ -501,7 +524,7 @@ class SAFE(OnPolicyAlgorithm):
             return 1.0
         distance = math.sqrt(max(log[-1]["approx_kl"], 0.0))
         before = math.sqrt(max(log[-2]["approx_kl"], 0.0)) if len(log) > 1 else 0.0
-        foreseen = distance + max(distance - before, 0.0)
+        foreseen = max(distance, 2 * distance - before)  # in this order infinity stays infinity
         return min(1.0, math.sqrt(self.max_preview_kl) / foreseen) if foreseen > 0 else 1.0
 
     @th.no_grad()
@@ -514,7 +537,8 @@ class SAFE(OnPolicyAlgorithm):
         """
         bound = self.max_preview_kl
         # One step cannot multiply the distance of all steps before it by four: measure only where it could matter.
-        if bound is None or (len(kls) > 1 and 16 * max(kls) < bound):
+        # A KL of 0 means that there was no step before it, and nothing is known.
+        if bound is None or (len(kls) > 1 and 1e-10 < max(kls) < bound / 16):
             return 1.0
         end, kept = self._get_trainable(), 1.0
         while not (kl := self._whole_batch_kl()) <= bound:  # "not <=" is also true of NaN
@@ -528,6 +552,8 @@ class SAFE(OnPolicyAlgorithm):
 
     def _whole_batch_kl(self) -> float:
         """KL of the rollout policy to the policy as it is now, over the whole rollout, nats per action."""
+        if not all(th.isfinite(parameter).all() for parameter in self._trainable()):
+            return math.inf
         self.policy.set_training_mode(False)
         total = th.zeros(())
         count = 0

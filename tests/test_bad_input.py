@@ -1,0 +1,187 @@
+"""What is wrong is said before training, by the name of the argument; what goes wrong later leaves a good model."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium.vector import SyncVectorEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_safe import SAFE, FixedKL, NonFiniteError
+from tests.tiny_envs import ACTIONS, PoisonedEnv, TinyEnv
+
+SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"policy": "CartPol-v1", "env": None}, ["policy", "CartPol-v1", "MlpPolicy", "environment id"]),
+        ({"env": "CartPol-v1"}, ["env", "CartPol-v1", "Did you mean: `CartPole`"]),
+        ({"env": "no_such_module:CartPole-v1"}, ["env", "no_such_module"]),
+        ({"policy": "MlpPolcy"}, ["policy", "MlpPolcy", "MlpPolicy"]),
+        ({"env": None}, ["env", "missing"]),
+        ({"env": "Tiny-dict-discrete-v0"}, ["MultiInputPolicy"]),
+        ({"policy": "CnnPolicy"}, ["CnnPolicy"]),
+        ({"policy": "MultiInputPolicy"}, ["MultiInputPolicy"]),
+        ({"policy": ActorCriticPolicy}, ["policy", "ActorCriticPolicy", "TwinCriticPolicy"]),
+        ({"n_envs": 0}, ["n_envs"]),
+        ({"n_steps": 1, "n_envs": 1}, ["n_steps", "n_envs"]),
+        ({"n_steps": 0}, ["n_steps"]),
+        ({"batch_size": 1}, ["batch_size"]),
+        ({"n_epochs": 0}, ["n_epochs"]),
+        ({"policy_kwargs": {"soft_min_alpha": -1.0}}, ["soft_min_alpha"]),
+        ({"policy_kwargs": {"n_critics": 0}}, ["n_critics"]),
+        ({"kl_reference": "start"}, ["kl_reference", "start", "initial"]),
+        ({"kl_reference": "start", "kl_estimator": "k2"}, ["kl_reference", "start", "initial"]),
+        ({"kl_estimator": "k4"}, ["kl_estimator", "k4", "k3"]),
+        ({"kl_estimator": "k2", "kl_reference": "rollout"}, ["kl_estimator", "k2", "rollout", "k3"]),
+        ({"kl_controller": "pid"}, ["kl_controller", "pid", "adaptive"]),
+        ({"kl_controller": FixedKL(0.1)}, ["kl_controller", "kl_controller_kwargs"]),
+        ({"kl_controller_kwargs": {"strength": 1}}, ["kl_controller_kwargs", "strength"]),
+        ({"kl_controller_kwargs": {"coef": -1}}, ["coef"]),
+        ({"huber_delta": 0.0}, ["huber_delta", "None"]),
+        ({"critic_tau": 0.0}, ["critic_tau"]),
+        ({"critic_tau": 1.5}, ["critic_tau"]),
+        ({"max_preview_kl": -0.5}, ["max_preview_kl", "None"]),
+        ({"max_preview_kl": math.nan}, ["max_preview_kl"]),
+        ({"clip_range_vf": 0.0}, ["clip_range_vf", "None"]),
+        ({"env": TinyEnv(), "env_kwargs": {"length": 3}}, ["env_kwargs", "id"]),
+        ({"env": TinyEnv(), "n_envs": 4}, ["n_envs", "id"]),
+        ({"env": SyncVectorEnv([TinyEnv])}, ["env", "SAME_STEP"]),
+        ({"use_sde": True}, ["State-Dependent Exploration", "continuous"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_argument_is_named_with_the_fix_before_training(arguments: dict[str, Any], said: list[str]):
+    with pytest.raises(ValueError) as caught:
+        SAFE(**({"policy": "MlpPolicy", "env": "CartPole-v1"} | SMALL | arguments))
+    assert all(word in str(caught.value) for word in said), str(caught.value)
+
+
+def test_a_misspelt_argument_is_a_type_error_as_everywhere_in_python():
+    with pytest.raises(TypeError, match="learning_rat"):
+        SAFE("CartPole-v1", learning_rat=1e-3)
+
+
+def test_an_id_alone_that_needs_other_arguments_says_so():
+    with pytest.raises(ValueError, match="n_steps"):
+        SAFE("CartPole-v1", n_steps=1, n_envs=1)
+
+
+def test_actions_that_cannot_be_drawn_are_refused():
+    class Strange(TinyEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = gym.spaces.Dict({"a": gym.spaces.Discrete(2)})
+
+    with pytest.raises((ValueError, AssertionError), match="action"):
+        SAFE("MlpPolicy", Strange(), **SMALL)
+
+
+# -- values that are not finite, in the middle of training ----------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+
+
+def poisoned(**kwargs: Any) -> SAFE:
+    """Two environments, of which the second fails at its step 70: step 6 of the third rollout."""
+    actions = kwargs.get("actions", "discrete")
+    env = DummyVecEnv([lambda: TinyEnv(actions=actions), lambda: PoisonedEnv(after=70, **kwargs)])
+    return SAFE("MlpPolicy", env, **SMALL)
+
+
+def state(model: SAFE) -> dict[str, th.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+
+
+def after_two_rollouts(**kwargs: Any) -> tuple[SAFE, dict[str, th.Tensor]]:
+    model = poisoned(**kwargs).learn(128)
+    return model, state(model)
+
+
+def assert_unchanged_and_rescued(model: SAFE, before: dict[str, th.Tensor], error: Any, folder: Path) -> None:
+    for name, tensor in model.policy.state_dict().items():
+        assert th.equal(tensor, before[name]), name
+    (rescue,) = folder.rglob("*.zip")
+    assert any(str(rescue) in note for note in error.__notes__)
+    loaded = SAFE.load(rescue)
+    for name, tensor in loaded.policy.state_dict().items():
+        assert th.equal(tensor, before[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_traced_and_leaves_the_last_good_model(tmp_path: Path, value: float):
+    model, before = after_two_rollouts(reward=value)
+    controller = model.controller.metrics()
+    with pytest.raises(NonFiniteError, match=r"reward of environment 1 at step 6 ") as caught:
+        model.learn(128, reset_num_timesteps=False)
+    assert_unchanged_and_rescued(model, before, caught.value, tmp_path)
+    assert model.controller.metrics() == controller
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_an_observation_that_is_not_finite_is_traced_and_leaves_the_last_good_model(
+    tmp_path: Path, actions: str, value: float
+):
+    model, before = after_two_rollouts(observation=value, actions=actions)
+    controller = model.controller.metrics()
+    with pytest.raises(NonFiniteError, match=r"environment 1 .*observation|observation.*environment 1") as caught:
+        model.learn(128, reset_num_timesteps=False)
+    assert_unchanged_and_rescued(model, before, caught.value, tmp_path)
+    assert model.controller.metrics() == controller
+
+
+def test_a_loss_that_is_not_finite_takes_the_whole_update_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, before = after_two_rollouts()
+    loss, calls = model._loss, iter(range(100))
+
+    def poisoned_loss(batch: Any) -> Any:
+        value, parts = loss(batch)
+        return (value * math.nan, parts | {"loss": math.nan}) if next(calls) == 3 else (value, parts)
+
+    monkeypatch.setattr(model, "_loss", poisoned_loss)
+    with pytest.raises(NonFiniteError, match="loss is not finite in minibatch 3") as caught:
+        model.learn(64, reset_num_timesteps=False)
+    monkeypatch.undo()
+    # The spread of returns is what the rollout showed; it is no parameter.
+    before["return_scale"] = model.policy.return_scale.clone()
+    for name, tensor in model.policy.state_dict().items():
+        assert th.equal(tensor, before[name]), name
+    assert any("saved to" in note for note in caught.value.__notes__)
+    model.learn(64, reset_num_timesteps=False)
+
+
+def test_single_gradients_that_are_not_finite_are_skipped_and_counted(monkeypatch: pytest.MonkeyPatch):
+    model, _ = after_two_rollouts()
+    step, calls = model._step, iter(range(100))
+    monkeypatch.setattr(
+        model, "_step", lambda loss, scale: step(loss if next(calls) != 3 else th.sqrt(0.0 * loss), scale)
+    )
+    model.learn(64, reset_num_timesteps=False)
+    assert model.n_skipped_steps == 1
+    assert model.logger.name_to_value["safe/skipped_steps"] == 1
+    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model._trainable())
+
+
+def test_an_update_without_a_single_finite_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    model, before = after_two_rollouts()
+    step = model._step
+    monkeypatch.setattr(model, "_step", lambda loss, scale: step(th.sqrt(0.0 * loss), scale))
+    with pytest.raises(NonFiniteError, match=r"every gradient.*learning_rate"):
+        model.learn(64, reset_num_timesteps=False)
+    for old, new in zip(
+        (before[name] for name, _ in model.policy.named_parameters()), model.policy.parameters(), strict=True
+    ):
+        assert th.equal(old, new)

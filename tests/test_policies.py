@@ -1,0 +1,339 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import obs_as_tensor
+from torch import nn
+
+from sb3_safe.policies import (
+    ParallelMlp,
+    SerialMlp,
+    TwinCriticCnnPolicy,
+    TwinCriticMultiInputPolicy,
+    TwinCriticPolicy,
+)
+from tests.tiny_envs import ACTIONS, OBSERVATIONS
+
+VECTOR, DISCRETE, BOX = OBSERVATIONS["vector"], ACTIONS["discrete"], ACTIONS["box"]
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+SMALL: dict[str, Any] = {"net_arch": [16, 8]}
+
+
+def make(
+    policy: type[ActorCriticPolicy],
+    observation_space: spaces.Space[Any] = VECTOR,
+    action_space: spaces.Space[Any] = DISCRETE,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Any:
+    th.manual_seed(seed)
+    return policy(observation_space, action_space, lambda _: 1e-3, **(SMALL | kwargs))
+
+
+def observations(space: spaces.Space[Any] = VECTOR, number: int = 5) -> Any:
+    space.seed(0)
+    samples = [space.sample() for _ in range(number)]
+    if isinstance(space, spaces.Dict):
+        return obs_as_tensor({key: np.stack([sample[key] for sample in samples]) for key in space}, "cpu")
+    return obs_as_tensor(np.stack(samples), "cpu")
+
+
+def jolt(policy: nn.Module, scale: float = 0.3) -> None:
+    """What training does to a policy: every trainable parameter moves."""
+    with th.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * th.randn_like(parameter))
+
+
+# -- one critic is SB3's policy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "sb3", "observation_space", "action_space", "kwargs"),
+    [
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {}, id="box"),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, DISCRETE, {}, id="discrete"),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, ACTIONS["multi_discrete"], {}, id="multi_discrete"),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, ACTIONS["multi_binary"], {}, id="multi_binary"),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {"use_sde": True}, id="sde"),
+        pytest.param(
+            TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {"use_sde": True, "squash_output": True}, id="squashed"
+        ),
+        pytest.param(
+            TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {"use_sde": True, "full_std": False}, id="sde-one-std"
+        ),
+        pytest.param(
+            TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {"net_arch": {"pi": [8], "vf": [16, 4]}}, id="two-shapes"
+        ),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, BOX, {"net_arch": []}, id="linear"),
+        pytest.param(
+            TwinCriticPolicy, ActorCriticPolicy, VECTOR, DISCRETE, {"net_arch": {"pi": [], "vf": [4]}}, id="pi-linear"
+        ),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, DISCRETE, {"activation_fn": nn.PReLU}, id="prelu"),
+        pytest.param(TwinCriticPolicy, ActorCriticPolicy, VECTOR, DISCRETE, {"ortho_init": False}, id="no-ortho"),
+        pytest.param(
+            TwinCriticMultiInputPolicy, MultiInputActorCriticPolicy, OBSERVATIONS["dict"], DISCRETE, {}, id="dict"
+        ),
+        pytest.param(TwinCriticCnnPolicy, ActorCriticCnnPolicy, IMAGE, DISCRETE, {}, id="image"),
+        pytest.param(
+            TwinCriticCnnPolicy, ActorCriticCnnPolicy, IMAGE, BOX, {"share_features_extractor": False}, id="image-twice"
+        ),
+    ],
+)
+def test_with_one_critic_it_is_the_policy_of_sb3(
+    ours: Any, sb3: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], kwargs: dict[str, Any]
+):
+    mine = make(ours, observation_space, action_space, n_critics=1, **kwargs)
+    theirs = make(sb3, observation_space, action_space, **kwargs)
+    obs = observations(observation_space)
+    results = []
+    for policy in (mine, theirs):
+        th.manual_seed(1)
+        if policy.use_sde:
+            policy.reset_noise(5)
+        actions, values, log_prob = policy(obs)
+        evaluated = policy.evaluate_actions(obs, actions)
+        mean = policy.get_distribution(obs).mode()
+        bootstrap = policy.predict_values(obs)
+        results.append([actions, values, log_prob, *evaluated, mean, bootstrap, policy(obs, deterministic=True)[0]])
+    for a, b in zip(*results, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), atol=1e-5)
+    assert sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_second_critic_changes_neither_actor_nor_first_critic():
+    one, three = (make(TwinCriticPolicy, n_critics=n) for n in (1, 3))
+    obs, actions = observations(), th.zeros(5)
+    a, b = one.evaluate(obs, actions), three.evaluate(obs, actions)
+    np.testing.assert_allclose(a.log_prob.detach(), b.log_prob.detach(), atol=1e-6)
+    np.testing.assert_allclose(a.values[:, 0].detach(), b.values[:, 0].detach(), atol=1e-6)
+
+
+# -- critics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"net_arch": {"pi": [8], "vf": [8]}}, {"share_features_extractor": False}, {"net_arch": []}]
+)
+def test_critics_start_different(kwargs: dict[str, Any]):
+    policy = make(TwinCriticPolicy, n_critics=3, **kwargs)
+    values = policy.evaluate(observations(), th.zeros(5)).values
+    assert values.shape == (5, 3)
+    assert all((values[:, i] - values[:, j]).abs().min() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_every_critic_is_trained_by_its_own_error_alone():
+    policy = make(TwinCriticPolicy, n_critics=2)
+    obs = observations()
+    policy.evaluate(obs, th.zeros(5)).values[:, 1].sum().backward()
+    assert policy.value_weight.grad[0].abs().max() == 0
+    assert policy.value_weight.grad[1].abs().max() > 0
+    first, second = policy.bodies.weights[0].grad[1:]
+    assert first.abs().max() == 0 < second.abs().max()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.PReLU])
+def test_networks_side_by_side_compute_what_each_computes_alone(activation: type[nn.Module]):
+    networks = [nn.Sequential(nn.Linear(3, 7), activation(), nn.Linear(7, 4), activation()) for _ in range(3)]
+    inputs = th.randn(6, 3)
+    expected = th.stack([network(inputs) for network in networks])
+    made = SerialMlp(networks) if activation is nn.PReLU else ParallelMlp(networks)
+    np.testing.assert_allclose(made(inputs).detach(), expected.detach(), atol=1e-6)
+
+
+def test_activations_with_parameters_are_not_shared_between_actor_and_critics():
+    policy = make(TwinCriticPolicy, activation_fn=nn.PReLU)
+    assert isinstance(policy.bodies, SerialMlp)
+    slopes = [module.weight for module in policy.modules() if isinstance(module, nn.PReLU)]
+    assert len({id(slope) for slope in slopes}) == 3 * 2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, float("inf")])
+def test_the_value_used_lies_between_the_lowest_critic_and_the_mean(alpha: float):
+    policy = make(TwinCriticPolicy, n_critics=3, soft_min_alpha=alpha)
+    obs = observations(number=50)
+    values = policy.evaluate(obs, th.zeros(50)).values
+    for used in (policy.predict_values(obs), policy(obs)[1], policy.evaluate_actions(obs, th.zeros(50))[0]):
+        assert used.shape == (50, 1)
+        assert (used[:, 0] >= values.amin(-1) - 1e-5).all()
+        assert (used[:, 0] <= values.mean(-1) + 1e-5).all()
+
+
+def test_the_temperature_is_in_units_of_the_returns_spread():
+    policy = make(TwinCriticPolicy, soft_min_alpha=0.3)
+    values = th.randn(20, 2)
+    policy.return_scale.fill_(1.0)
+    plain = policy.aggregate(values)
+    policy.return_scale.fill_(500.0)
+    np.testing.assert_allclose(policy.aggregate(500 * values), 500 * plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"), [({"n_critics": 0}, "n_critics"), ({"soft_min_alpha": -0.1}, "soft_min_alpha")]
+)
+def test_impossible_critics_are_refused(kwargs: dict[str, Any], name: str):
+    with pytest.raises(ValueError, match=name):
+        make(TwinCriticPolicy, **kwargs)
+
+
+def test_different_extractors_for_actor_and_critics_are_trained_apart():
+    class Extractor(FlattenExtractor):
+        def __init__(self, space: spaces.Box) -> None:
+            super().__init__(space)
+            self.scale = nn.Parameter(th.ones(3))
+
+        def forward(self, obs: th.Tensor) -> th.Tensor:
+            return super().forward(obs) * self.scale
+
+    policy = make(TwinCriticPolicy, features_extractor_class=Extractor, share_features_extractor=False)
+    policy.evaluate(observations(), th.zeros(5)).values.sum().backward()
+    assert policy.pi_features_extractor.scale.grad is None
+    assert policy.vf_features_extractor.scale.grad.abs().max() > 0
+
+
+# -- target critics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.PReLU])
+@pytest.mark.parametrize("net_arch", [[8], {"pi": [4], "vf": [8]}])
+def test_target_critics_follow_by_the_polyak_rule(activation: type[nn.Module], net_arch: Any):
+    policy = make(TwinCriticPolicy, activation_fn=activation, net_arch=net_arch)
+    policy.make_target_critics()
+    start = [
+        *(p.clone() for p in policy.target_bodies.parameters()),
+        policy.target_weight.clone(),
+        policy.target_bias.clone(),
+    ]
+    jolt(policy)
+    live = [*policy.bodies.parameters(), policy.value_weight, policy.value_bias]
+    policy.update_target_critics(0.1)
+    lagging = [*policy.target_bodies.parameters(), policy.target_weight, policy.target_bias]
+    for before, now, target in zip(start, live, lagging, strict=True):
+        np.testing.assert_allclose(target, 0.9 * before.detach() + 0.1 * now.detach(), atol=1e-6)
+        assert not target.requires_grad
+
+
+def test_target_critics_supply_the_values_that_advantages_are_made_of():
+    policy = make(TwinCriticPolicy)
+    obs = observations()
+    policy.make_target_critics()
+    before = policy.predict_values(obs).detach()
+    jolt(policy)
+    np.testing.assert_allclose(policy.predict_values(obs).detach(), before, atol=1e-6)
+    np.testing.assert_allclose(policy(obs)[1].detach(), before, atol=1e-6)
+    live = policy.aggregate(policy.evaluate(obs, th.zeros(5)).values).detach()
+    assert (live - before).abs().max() > 1e-3
+    policy.update_target_critics(1.0)
+    np.testing.assert_allclose(policy.predict_values(obs).detach(), live, atol=1e-6)
+
+
+# -- reference policy ----------------------------------------------------------------------------------------------
+
+KINDS = [
+    pytest.param(VECTOR, DISCRETE, {}, id="discrete"),
+    pytest.param(VECTOR, BOX, {}, id="box"),
+    pytest.param(VECTOR, BOX, {"use_sde": True}, id="sde"),
+    pytest.param(VECTOR, ACTIONS["multi_discrete"], {}, id="multi_discrete"),
+    pytest.param(VECTOR, ACTIONS["multi_binary"], {}, id="multi_binary"),
+]
+
+
+@pytest.mark.parametrize(("observation_space", "action_space", "kwargs"), KINDS)
+def test_a_frozen_reference_is_the_policy_at_no_distance_and_does_not_move(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], kwargs: dict[str, Any]
+):
+    policy = make(TwinCriticPolicy, observation_space, action_space, **kwargs)
+    obs = observations()
+    actions, _, log_prob = policy(obs)
+    policy.freeze_reference()
+    np.testing.assert_allclose(policy.reference_log_prob(obs, actions), log_prob.detach(), atol=1e-6)
+    np.testing.assert_allclose(policy.exact_kl(obs).detach(), np.zeros(5), atol=1e-6)
+    jolt(policy)
+    np.testing.assert_allclose(policy.reference_log_prob(obs, actions), log_prob.detach(), atol=1e-6)
+    assert (policy.exact_kl(obs) > 1e-5).all()
+
+
+def torch_distribution(distribution: Distribution) -> Any:
+    """A copy: SB3 keeps one distribution object per policy."""
+    return distribution.distribution
+
+
+@pytest.mark.parametrize(("observation_space", "action_space", "kwargs"), KINDS)
+def test_the_exact_kl_is_the_closed_form_summed_over_action_dimensions(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], kwargs: dict[str, Any]
+):
+    policy = make(TwinCriticPolicy, observation_space, action_space, **kwargs)
+    policy.freeze_reference()
+    jolt(policy)
+    obs = observations()
+    p, q = (torch_distribution(one.get_distribution(obs)) for one in (policy, policy.reference))
+    pairs = list(zip(p, q, strict=True)) if isinstance(p, list) else [(p, q)]
+    parts = [th.distributions.kl_divergence(*pair).detach().numpy().reshape(5, -1).sum(-1) for pair in pairs]
+    exact = policy.exact_kl(obs)
+    assert exact.shape == (5,)
+    assert exact.requires_grad
+    np.testing.assert_allclose(exact.detach(), np.sum(parts, axis=0), atol=1e-6)
+
+
+def test_the_reference_is_neither_trained_nor_copied_into_the_next_reference():
+    policy = make(TwinCriticPolicy)
+    trained = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
+    policy.make_target_critics()
+    policy.freeze_reference()
+    size = len(policy.state_dict())
+    policy.freeze_reference()
+    assert len(policy.state_dict()) == size
+    assert trained.isdisjoint(map(id, policy.reference.parameters()))
+    assert not any(parameter.requires_grad for parameter in policy.reference.parameters())
+    assert trained == {id(p) for p in policy.parameters() if p.requires_grad}
+    policy.reference.predict_values(observations())
+
+
+def test_a_policy_that_has_been_trained_can_be_frozen():
+    for action_space in ACTIONS.values():
+        policy = make(TwinCriticPolicy, VECTOR, action_space)
+        obs = observations()
+        actions, _, _ = policy(obs)
+        policy.evaluate(obs, actions).log_prob.sum().backward()
+        policy.optimizer.step()
+        policy.freeze_reference()
+        np.testing.assert_allclose(policy.exact_kl(obs).detach(), np.zeros(5), atol=1e-6)
+
+
+def test_the_reference_stays_in_evaluation_mode():
+    policy = make(TwinCriticPolicy)
+    policy.freeze_reference()
+    policy.set_training_mode(True)
+    assert not policy.reference.training
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_extras", [False, True])
+def test_a_saved_policy_loads_as_it_was(tmp_path: Path, with_extras: bool):
+    policy = make(TwinCriticPolicy, n_critics=3, soft_min_alpha=0.7)
+    if with_extras:
+        policy.make_target_critics()
+        policy.freeze_reference()
+        jolt(policy)
+    policy.save(str(tmp_path / "policy"))
+    loaded = TwinCriticPolicy.load(str(tmp_path / "policy"))
+    assert (loaded.n_critics, loaded.soft_min_alpha) == (3, 0.7)
+    obs, actions = observations(), th.zeros(5)
+    np.testing.assert_allclose(loaded.predict_values(obs).detach(), policy.predict_values(obs).detach(), atol=1e-6)
+    for a, b in zip(loaded.evaluate(obs, actions), policy.evaluate(obs, actions), strict=True):
+        np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-6)
+    if with_extras:
+        np.testing.assert_allclose(loaded.exact_kl(obs).detach(), policy.exact_kl(obs).detach(), atol=1e-6)

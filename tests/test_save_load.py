@@ -1,0 +1,243 @@
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_safe import SAFE, FixedKL, KLController
+
+SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
+KINDS = {
+    "default": {},
+    "initial": {"kl_reference": "initial"},
+    "initial_exact": {"kl_reference": "initial", "kl_estimator": "exact", "kl_controller": "fixed"},
+    "initial_k1": {"kl_reference": "initial", "kl_estimator": "k1", "kl_controller": "adaptive"},
+    "targets": {"critic_tau": 0.1, "policy_kwargs": {"n_critics": 3}},
+    "everything": {"critic_tau": 0.1, "kl_reference": "initial", "clip_range_vf": 0.2},
+    "ppo": {"policy_kwargs": {"n_critics": 1}, "huber_delta": None, "kl_controller": "none", "max_preview_kl": None},
+}
+
+
+def trained(env_id: str = "CartPole-v1", policy: str = "MlpPolicy", n_envs: int = 1, **kwargs: Any) -> SAFE:
+    model = SAFE(policy, make_vec_env(env_id, n_envs, seed=0), **(SETTINGS | kwargs))
+    return model.learn(3 * 32 * n_envs)
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, dict):
+            assert_same_state(value, b[name])
+        elif isinstance(value, th.Tensor):
+            assert th.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+def assert_same_metrics(a: KLController, b: KLController) -> None:
+    assert a.metrics().keys() == b.metrics().keys()
+    np.testing.assert_array_equal(list(a.metrics().values()), list(b.metrics().values()))
+
+
+def observations(model: SAFE) -> Any:
+    return model.rollout_buffer.observations[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_was_learned_survives(tmp_path: Path, kind: str):
+    model = trained(**KINDS[kind])
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model")
+    assert_same_state(model.policy.state_dict(), loaded.policy.state_dict())
+    assert_same_state(model.policy.optimizer.state_dict(), loaded.policy.optimizer.state_dict())
+    assert type(loaded.controller) is type(model.controller)
+    assert_same_metrics(model.controller, loaded.controller)
+    assert vars(model.controller).keys() == vars(loaded.controller).keys()
+    for name in (
+        "num_timesteps",
+        "_n_updates",
+        "measured_kl",
+        "n_skipped_steps",
+        "kl_reference",
+        "kl_estimator",
+        "critic_tau",
+    ):
+        assert getattr(loaded, name) == getattr(model, name)
+    assert float(loaded.policy.return_scale) == float(model.policy.return_scale) != 1.0
+    for deterministic in (True, False):
+        th.manual_seed(0)
+        expected = model.predict(observations(model), deterministic=deterministic)[0]
+        th.manual_seed(0)
+        np.testing.assert_array_equal(loaded.predict(observations(model), deterministic=deterministic)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "policy", "kwargs"),
+    [
+        ("Pendulum-v1", "MlpPolicy", {"use_sde": True, "kl_reference": "initial"}),
+        ("Tiny-dict-multi_discrete-v0", "MultiInputPolicy", {"kl_reference": "initial"}),
+        ("Tiny-image-multi_binary-v0", "CnnPolicy", {"kl_reference": "initial", "critic_tau": 0.5}),
+    ],
+)
+def test_every_kind_of_policy_survives(tmp_path: Path, env_id: str, policy: str, kwargs: dict[str, Any]):
+    model = trained(env_id, policy, **kwargs)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env(env_id, 1))
+    assert_same_state(model.policy.state_dict(), loaded.policy.state_dict())
+    loaded.learn(32, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_after_loading_with_other_environments(tmp_path: Path, kind: str):
+    model = trained(**KINDS[kind])
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 3))
+    assert loaded.n_envs == 3
+    before = [parameter.clone() for parameter in loaded._trainable()]
+    reached = loaded.num_timesteps
+    loaded.learn(96, reset_num_timesteps=False)
+    assert loaded.num_timesteps == reached + 96
+    assert loaded.rollout_buffer.rewards.shape == (32, 3)
+    assert any(not th.equal(old, new) for old, new in zip(before, loaded._trainable(), strict=True))
+
+
+def test_training_after_loading_is_training_without_the_detour(tmp_path: Path):
+    model = trained(critic_tau=0.5, kl_reference="initial", kl_controller_kwargs={"tau_base": 1e-4})
+    model.save(tmp_path / "model")
+    results = []
+    for one in (model, SAFE.load(tmp_path / "model", env=model.env)):
+        one.set_random_seed(5)
+        one.env.seed(5)
+        one._last_obs = None
+        one.learn(64, reset_num_timesteps=False)
+        results.append(one)
+    assert_same_state(results[0].policy.state_dict(), results[1].policy.state_dict())
+    assert_same_metrics(results[0].controller, results[1].controller)
+
+
+def test_the_initial_reference_survives_and_is_not_the_loaded_policy(tmp_path: Path):
+    model = SAFE("MlpPolicy", "CartPole-v1", kl_reference="initial", learning_rate=1e-2, **SETTINGS)
+    obs = th.randn(6, 4)
+    actions = th.zeros(6)
+    start = model.policy.evaluate(obs, actions).log_prob.detach()
+    model.learn(128)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=model.env)
+    np.testing.assert_allclose(loaded.policy.reference_log_prob(obs, actions), start, atol=1e-6)
+    np.testing.assert_allclose(loaded.policy.exact_kl(obs).detach(), model.policy.exact_kl(obs).detach(), atol=1e-6)
+    assert loaded.policy.exact_kl(obs).max() > 1e-4
+    loaded.learn(64)
+    np.testing.assert_allclose(loaded.policy.reference_log_prob(obs, actions), start, atol=1e-6)
+
+
+def test_arguments_can_be_replaced_on_loading(tmp_path: Path):
+    model = trained()
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(
+        tmp_path / "model", env=model.env, learning_rate=1e-9, n_steps=48, clip_range=0.05, max_preview_kl=0.3
+    )
+    assert (loaded.n_steps, loaded.clip_range(1.0), loaded.max_preview_kl) == (48, 0.05, 0.3)
+    before = [parameter.clone() for parameter in loaded._trainable()]
+    loaded.learn(48)
+    assert loaded.rollout_buffer.buffer_size == 48
+    for old, new in zip(before, loaded._trainable(), strict=True):
+        np.testing.assert_allclose(old.detach(), new.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_epochs", 0), ("huber_delta", -1.0), ("critic_tau", 0.0), ("max_preview_kl", 0.0), ("kl_estimator", "k1")],
+)
+def test_a_wrong_argument_on_loading_is_refused(tmp_path: Path, name: str, value: Any):
+    trained().save(tmp_path / "model")
+    with pytest.raises(ValueError, match=name):
+        SAFE.load(tmp_path / "model", **{name: value})
+
+
+def test_another_controller_on_loading_is_used_or_refused(tmp_path: Path):
+    """It must not be accepted and then ignored."""
+    trained().save(tmp_path / "model")
+    try:
+        loaded = SAFE.load(tmp_path / "model", kl_controller="fixed", kl_controller_kwargs={"coef": 0.7})
+    except ValueError as error:
+        assert "kl_controller" in str(error)
+    else:
+        assert isinstance(loaded.controller, FixedKL)
+        assert loaded.controller.coef == 0.7
+
+
+def test_a_schedule_survives(tmp_path: Path):
+    model = trained(learning_rate=lambda progress: 1e-3 * progress, clip_range=lambda progress: 0.1 + 0.1 * progress)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model")
+    assert loaded.lr_schedule(0.5) == pytest.approx(5e-4)
+    assert loaded.clip_range(0.5) == pytest.approx(0.15)
+
+
+def test_a_model_made_from_an_id_alone_survives_with_its_budget(tmp_path: Path):
+    model = SAFE("CartPole-v1", n_envs=2, seed=0)
+    model.n_timesteps = 64
+    model.learn()
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2))
+    assert (loaded.n_timesteps, loaded.n_steps, loaded.batch_size) == (64, model.n_steps, model.batch_size)
+    loaded.learn(reset_num_timesteps=False)
+    assert loaded.num_timesteps == 128
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_statistics_of_normalisation_survive_with_the_model(tmp_path: Path, n_envs: int):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2, seed=0), gamma=0.9)
+    model = SAFE("MlpPolicy", env, **SETTINGS).learn(128)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", n_envs))
+    restored = loaded.get_vec_normalize_env()
+    assert restored is not None
+    raw = np.array([[0.5, -0.5, 3.0]], np.float32)
+    np.testing.assert_allclose(restored.normalize_obs(raw), env.normalize_obs(raw))
+    assert np.abs(restored.normalize_obs(raw) - raw).max() > 0.1
+    loaded.learn(32 * n_envs, reset_num_timesteps=False)
+    assert restored.obs_rms.count > env.obs_rms.count
+
+
+def test_statistics_that_are_given_win_over_those_that_were_saved(tmp_path: Path):
+    SAFE("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1", 1)), **SETTINGS).learn(64).save(tmp_path / "model")
+    mine = VecNormalize(make_vec_env("Pendulum-v1", 1))
+    assert SAFE.load(tmp_path / "model", env=mine).get_vec_normalize_env() is mine
+
+
+def test_a_controller_of_ones_own_survives(tmp_path: Path):
+    model = trained(kl_controller=Counting)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=model.env)
+    assert loaded.controller.rollouts == 3
+    loaded.learn(32)
+    assert loaded.controller.rollouts == 4
+
+
+class Counting(KLController):
+    def __init__(self) -> None:
+        self.rollouts = 0
+
+    def update(self, returns: Any, kl: float, entropy: float) -> None:
+        self.rollouts += 1
+        assert math.isfinite(kl)
+
+
+def test_a_stream_will_do_for_a_file():
+    model, stream = trained(), io.BytesIO()
+    model.save(stream)
+    stream.seek(0)
+    assert_same_state(model.policy.state_dict(), SAFE.load(stream).policy.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["default", "everything"])
+def test_parameters_can_be_set_in_place(kind: str):
+    source, target = trained(**KINDS[kind]), trained(**(KINDS[kind] | {"seed": 9}))
+    target.set_parameters(source.get_parameters())
+    assert_same_state(source.policy.state_dict(), target.policy.state_dict())

@@ -1,0 +1,218 @@
+"""The promise: after every update the KL to the rollout policy, over the whole batch, is within ``max_preview_kl``."""
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_safe import SAFE
+
+
+def whole_batch_kl(model: SAFE) -> float:
+    """KL(rollout || policy) of the last rollout from the buffer's own arrays and SB3's distributions."""
+    buffer, policy = model.rollout_buffer, model.policy
+    policy.set_training_mode(False)
+    total = []
+    for t in range(buffer.buffer_size):
+        actions = th.as_tensor(buffer.actions[t]).float()
+        actions = actions.flatten() if policy.action_space.shape == () else actions
+        with th.no_grad():
+            log_prob = policy.get_distribution(policy.obs_to_tensor(buffer.observations[t])[0]).log_prob(actions)
+        log_ratio = log_prob.numpy().astype(np.float64) - buffer.log_probs[t]
+        total.append(np.expm1(log_ratio) - log_ratio)
+    return float(np.mean(total))
+
+
+class Watched(SAFE):
+    """Measures what every update did."""
+
+    def train(self) -> None:
+        super().train()
+        self.__dict__.setdefault("kls", []).append(whole_batch_kl(self))
+        self.__dict__.setdefault("kept", []).append(self.logger.name_to_value["safe/update_kept"])
+
+
+def watched(env_id: str = "CartPole-v1", **kwargs: Any) -> Watched:
+    # PPO's own clip would hold back much of what is tried here.
+    defaults: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0, "clip_range": 100.0}
+    return Watched(
+        "MlpPolicy", make_vec_env(env_id, 2, seed=0), policy_kwargs={"net_arch": [16]}, **(defaults | kwargs)
+    )
+
+
+@pytest.mark.parametrize("learning_rate", [1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize(
+    ("env_id", "kwargs"),
+    [
+        ("CartPole-v1", {}),
+        ("Pendulum-v1", {}),
+        ("Pendulum-v1", {"use_sde": True}),
+        ("Tiny-vector-multi_discrete-v0", {}),
+        ("Tiny-vector-multi_binary-v0", {}),
+    ],
+    ids=["discrete", "box", "sde", "multi_discrete", "multi_binary"],
+)
+def test_no_update_moves_the_policy_beyond_the_bound_and_training_goes_on(
+    env_id: str, kwargs: dict[str, Any], learning_rate: float
+):
+    model = watched(env_id, learning_rate=learning_rate, max_preview_kl=0.01, **kwargs).learn(5 * 128)
+    assert len(model.kls) == 5
+    assert max(model.kls) <= 0.01 * (1 + 1e-4)
+    assert max(model.kls) > 1e-4
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+@pytest.mark.parametrize("learning_rate", [1e-2, 1e-1, 1.0])
+def test_without_a_bound_the_same_training_goes_beyond_it(learning_rate: float):
+    assert max(watched(learning_rate=learning_rate, max_preview_kl=None).learn(5 * 128).kls) > 0.02
+
+
+@settings(max_examples=15)
+@given(
+    st.floats(-4, 1).map(lambda x: 10**x),
+    st.floats(-3, 0).map(lambda x: 10**x),
+    st.integers(1, 3),
+    st.sampled_from([16, 64, 128]),
+    st.integers(0, 10_000),
+)
+def test_the_bound_holds_for_any_learning_rate_bound_and_schedule(
+    learning_rate: float, bound: float, n_epochs: int, batch_size: int, seed: int
+):
+    model = watched(
+        learning_rate=learning_rate, max_preview_kl=bound, n_epochs=n_epochs, batch_size=batch_size, seed=seed
+    )
+    model.learn(2 * 128)
+    assert max(model.kls) <= bound * (1 + 1e-4)
+
+
+def test_a_small_update_is_kept_whole():
+    model = watched(learning_rate=1e-5, max_preview_kl=0.5).learn(256)
+    assert model.kept == [1.0, 1.0]
+
+
+def learned(**kwargs: Any) -> tuple[Watched, list[th.Tensor]]:
+    model = watched(**kwargs).learn(128)
+    return model, [parameter.detach().clone() for parameter in model._trainable()]
+
+
+def collect(model: SAFE) -> None:
+    """A fresh rollout, so that the policy as it is now is the one that collected the data."""
+    _, callback = model._setup_learn(10**6, None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "env_id", ["CartPole-v1", "Pendulum-v1", "Tiny-vector-multi_discrete-v0", "Tiny-vector-multi_binary-v0"]
+)
+def test_parameters_that_are_not_finite_go_back_to_exactly_the_old_ones(env_id: str, value: float):
+    model, _ = learned(env_id=env_id)
+    collect(model)
+    start = model._get_trainable()
+    with th.no_grad():
+        for parameter in model._trainable():
+            parameter.view(-1)[0] = value
+    kept = model._keep_within_bound(start, [1.0, 1.0])
+    assert kept == 0.0
+    for before, after in zip(start, model._trainable(), strict=True):
+        assert th.equal(before, after)
+
+
+def test_walking_back_stays_on_the_line_to_the_old_parameters():
+    model, _ = learned()
+    collect(model)
+    start = model._get_trainable()
+    direction = [th.randn_like(parameter) for parameter in start]
+    with th.no_grad():
+        for parameter, step in zip(model._trainable(), direction, strict=True):
+            parameter.add_(3.0 * step)
+    model.max_preview_kl = 0.01
+    kept = model._keep_within_bound(start, [1.0, 1.0])
+    assert 0.0 < kept < 1.0
+    assert whole_batch_kl(model) <= 0.01
+    for before, after, step in zip(start, model._trainable(), direction, strict=True):
+        np.testing.assert_allclose((after - before).detach(), kept * 3.0 * step, atol=1e-5)
+
+
+def test_a_leap_of_the_last_step_is_walked_back_though_no_minibatch_measured_it():
+    model = watched(learning_rate=1.0, max_preview_kl=0.05, n_epochs=1, batch_size=64)
+    step, taken = model._step, iter([False, True])
+    # The first step of the update is skipped, as one whose gradient is not finite is.
+    model._step = lambda *args: next(taken) and step(*args)  # type: ignore[method-assign]
+    model.learn(128)
+    assert model.kls[0] <= 0.05 * (1 + 1e-4)
+
+
+def test_a_bound_below_rounding_ends_and_keeps_the_old_parameters():
+    model, _ = learned(max_preview_kl=1e-30)
+    collect(model)
+    start = model._get_trainable()
+    # The rollout's own log-probabilities are a rounding away from those that are computed anew.
+    model.rollout_buffer.log_probs += 1e-4
+    model.rollout_buffer._flat = {}
+    calls = iter(range(50))
+
+    def counted(measure: Any = model._whole_batch_kl) -> float:
+        assert next(calls, None) is not None, "walks back for ever"
+        return float(measure())
+
+    model._whole_batch_kl = counted  # type: ignore[method-assign]
+    with th.no_grad():
+        for parameter in model._trainable():
+            parameter.add_(0.1)
+    model._keep_within_bound(start, [1.0, 1.0])
+    for before, after in zip(start, model._trainable(), strict=True):
+        assert th.equal(before, after)
+
+
+def preview(model: SAFE, *kls: float) -> float:
+    return model._preview_scale([{"approx_kl": kl} for kl in kls])
+
+
+def test_the_preview_shrinks_a_step_by_the_root_of_the_foreseen_excess():
+    model = watched(max_preview_kl=0.04)
+    # KL grows with the square of the distance: 0.01 after one step, 0.04 after two, 0.09 after three.
+    assert preview(model, 0.0) == 1.0
+    assert preview(model, 0.0, 0.01) == pytest.approx(1.0)
+    assert preview(model, 0.01, 0.04) == pytest.approx(math.sqrt(0.04 / 0.09))
+    # Coming back: the KL is taken to stay.
+    assert preview(model, 0.16, 0.09) == pytest.approx(math.sqrt(0.04 / 0.09))
+
+
+@pytest.mark.parametrize("kls", [(0.1, math.inf), (math.inf, math.inf), (0.0, math.inf)])
+def test_an_infinite_kl_stops_the_next_step(kls: tuple[float, float]):
+    assert preview(watched(max_preview_kl=0.04), *kls) == 0.0
+
+
+def test_a_shrunken_step_does_not_stay_in_the_learning_rate():
+    model, _ = learned(learning_rate=1e-2)
+    batch = next(model.rollout_buffer.get(64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model._step(model._loss(batch)[0], 0.25)
+    assert [group["lr"] for group in model.policy.optimizer.param_groups] == [1e-2]
+
+
+def test_the_length_of_a_step_is_scaled():
+    steps = []
+    for scale in (1.0, 0.25):
+        model, before = learned(learning_rate=1e-2)
+        model._step(model._loss(next(model.rollout_buffer.in_order(64)))[0], scale)
+        steps.append(
+            th.cat([(now - old).detach().flatten() for now, old in zip(model._trainable(), before, strict=True)])
+        )
+    np.testing.assert_allclose(steps[1], 0.25 * steps[0], atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    model, before = learned()
+    loss = model._loss(next(model.rollout_buffer.in_order(64)))[0] * math.nan
+    assert not model._step(loss, 1.0)
+    for old, now in zip(before, model._trainable(), strict=True):
+        assert th.equal(old, now)
