@@ -228,7 +228,7 @@ class SafeController(KLController):
             self._update_reward(returns)
             self._update_pid()
         self.phase = self._detect_phase()
-        self._update_threshold()
+        self._update_threshold(fresh=len(returns) > 0)
 
     def coefficient(self, kl: float = 0.0) -> float:
         """``2 c gate max(0, (s - tau) / tau_base)``: the derivative of the quadratic penalty.
@@ -303,10 +303,10 @@ class SafeController(KLController):
             return "CONVERGED"
         return "PLATEAU"
 
-    def _update_threshold(self) -> None:
+    def _update_threshold(self, fresh: bool) -> None:
         if self.threshold_rule == "paper":
             self.threshold = self._paper_threshold()
-        elif self.threshold_rule == "earned" and self.error > 0:
+        elif self.threshold_rule == "earned" and fresh and self.error > 0:
             relaxed = min(self.kl_short, self.threshold + self.max_step * self.tau_base)
             self.threshold = min(max(self.threshold, relaxed), self.max_threshold * self.tau_base)
 
