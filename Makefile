@@ -12,13 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED = $(VENV)/.installed-
 
-.PHONY: help demo test test-slow docs clean
+.PHONY: help demo test test-slow docs bench-speed bench-language clean
 
 help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make docs       docs/_build/html/index.html"
+	@echo "make bench-speed, bench-language   the figures of README's section on speed"
 	@echo "make clean      remove $(VENV) and what was built"
 
 demo: $(INSTALLED)demo
@@ -35,6 +36,18 @@ test-slow: $(INSTALLED)dev
 
 docs: $(INSTALLED)docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench-speed: $(INSTALLED)bench .venv-sbx/bin/python
+	$(BIN)/python benchmarks/speed.py
+
+bench-language: $(INSTALLED)bench
+	$(BIN)/python benchmarks/language.py
+
+# SBX in an environment of its own: it brings JAX.
+.venv-sbx/bin/python:
+	$(PYTHON) -m venv .venv-sbx
+	.venv-sbx/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	.venv-sbx/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt sbx-rl "gymnasium[mujoco]"
 
 clean:
 	rm -rf $(VENV) docs/_build

@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--threads 1] [--repeats 5] [--sbx PYTHON] [--only cartpole-1 ...]
 
 One process a measurement, one after the other, in turns, so that a busy machine slows all alike; CPU seconds, not wall
-seconds, of an iteration (rollout and update) once everything is warm. SBX lives in an environment of its own, because it
-brings JAX: `make bench-speed` creates it. Results go to benchmarks/results/speed.json.
+seconds, of an iteration (rollout and update) once everything is warm. SBX brings JAX and lives in an environment of its
+own: `make bench-speed` creates it. Results go to benchmarks/results/speed.json.
 """
 
 import argparse
@@ -25,7 +25,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "cartpole-1": {"env": "CartPole-v1", "n_envs": 1, "iterations": 2, "ppo": {}},
     "cartpole-8": {
         "env": "CartPole-v1", "n_envs": 8, "iterations": 16,
-        "ppo": {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3},
+        "ppo": {
+            "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3,
+        },
     },
     "pendulum-4": {
         "env": "Pendulum-v1", "n_envs": 4, "iterations": 1,
