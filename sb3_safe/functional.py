@@ -10,6 +10,10 @@ import torch as th
 from torch import Tensor
 from torch.nn import functional as F
 
+# Probability ratios are cut off at e^20: beyond, exp() overflows and its gradient is NaN, where "far too large" is all
+# that needs to be known.
+MAX_LOG_RATIO = 20.0
+
 
 def soft_min(values: Tensor, temperature: float) -> Tensor:
     """Pessimistic aggregate of K critics: ``-a (logsumexp_k(-V_k / a) - log K)``.
@@ -49,7 +53,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
 
     See Schulman et al. 2017, equation 7, https://arxiv.org/abs/1707.06347
     """
-    ratio = th.exp(log_ratio)
+    ratio = th.exp(log_ratio.clamp(max=MAX_LOG_RATIO))
     return -th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range))
 
 
@@ -123,6 +127,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
     See Schulman, http://joschu.net/blog/kl-approx.html
     """
+    log_ratio = log_ratio.clamp(max=MAX_LOG_RATIO)
     return th.expm1(log_ratio) - log_ratio
 
 
@@ -138,7 +143,7 @@ def weighted_k3(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
 
     See https://arxiv.org/abs/2512.21852
     """
-    return th.exp(log_importance) * k3(-log_ratio)
+    return th.exp(log_importance.clamp(max=MAX_LOG_RATIO)) * k3(-log_ratio)
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

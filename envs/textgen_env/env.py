@@ -1,0 +1,258 @@
+"""Text generation as gymnasium environments: many texts stepped together, and one text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from textgen_env.prompts import Deck, LongPrompts, Prompt, PromptReader
+from textgen_env.rewards import EMBEDDED_REWARD_MODEL, make_reward
+from textgen_env.rows import Observation, TextRows
+from textgen_env.vocabulary import load_vocabulary
+
+EMBEDDED_MODEL = "textgen_env:assets/lm"
+METADATA: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
+
+
+class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
+    """Writing texts token by token, many at a time.
+
+    An observation is a prompt and what has been written after it; an action is the next token; the reward is 0 until
+    the text ends, by eos or after `max_new_tokens`, and then its score. The end is always a termination, never a
+    truncation: the text is scored either way and nothing follows that a value could be bootstrapped from. A row whose
+    text ends begins its next prompt in the same step, and all texts that end at one step are scored in one call of
+    each reward function.
+
+    `metadata["policy"]` and `metadata["policy_kwargs"]` tell an algorithm which language model the texts are for.
+
+    :param num_envs: number of texts written side by side.
+    :param model: the language model that will write: hub name, path, or `package:path`. Only its configuration and
+        tokenizer are loaded here.
+    :param reward_model: what scores a text: hub name, path or `package:path` of a sequence classifier, a loaded one, a
+        function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, or a list of these.
+    :param reward_weights: one weight per part of `reward_model`; None for 1 each.
+    :param prompts: strings, message lists, dicts with more columns (handed to reward functions), a dataset, a hub
+        dataset's name, or a path to .jsonl, .json or .parquet; None for the embedded prompts. Rows without the column
+        `prompt_column` but with `chosen` and `rejected` give what those two begin with.
+    :param prompt_column: the column that holds the prompt.
+    :param split: the split of a dataset.
+    :param tokenizer: the language model's tokenizer or its name; None to load it from `model`.
+    :param reward_tokenizer: the reward model's tokenizer or its name; None to load it from `reward_model`.
+    :param pad_token: a token of the vocabulary to pad with, for tokenizers that have no pad token.
+    :param max_prompt_tokens: the longest prompt allowed; None for the longest there is.
+    :param max_new_tokens: tokens after which a text ends even without eos.
+    :param min_new_tokens: published for the policy, which must not choose eos earlier; an eos that comes earlier all
+        the same ends the text.
+    :param missing_eos_penalty: subtracted from the score of a text that ends without eos, in units of the reward.
+    :param long_prompts: `"error"`, `"truncate"` (cut on the left) or `"skip"`.
+    :param reward_batch_size: texts per forward pass of a reward model.
+    :param reward_device: where a reward model that is loaded here runs; `"auto"` for a GPU where there is one.
+    :param reward_model_kwargs: arguments of the reward model's `from_pretrained` (dtype, trust_remote_code, ...).
+    :param model_kwargs: arguments of the language model's `from_pretrained`, for the policy that loads it.
+    :param render_mode: None or `"ansi"`.
+    :raises ValueError: an argument that cannot work; the message names it and says what would.
+    """
+
+    # On the class, so that it can be known before an environment is made.
+    metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP, "reports_episodes": True}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        model: str = EMBEDDED_MODEL,
+        reward_model: Any = EMBEDDED_REWARD_MODEL,
+        reward_weights: Sequence[float] | None = None,
+        prompts: Any = None,
+        prompt_column: str = "prompt",
+        split: str = "train",
+        tokenizer: Any = None,
+        reward_tokenizer: Any = None,
+        pad_token: str | None = None,
+        max_prompt_tokens: int | None = None,
+        max_new_tokens: int = 32,
+        min_new_tokens: int = 1,
+        missing_eos_penalty: float = 0.0,
+        long_prompts: LongPrompts = "error",
+        reward_batch_size: int = 32,
+        reward_device: str = "auto",
+        reward_model_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs={num_envs} must be at least 1")
+        if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
+            raise ValueError(
+                f"min_new_tokens={min_new_tokens} and max_new_tokens={max_new_tokens} must satisfy "
+                "0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1"
+            )
+        vocabulary = load_vocabulary(model, tokenizer, pad_token, model_kwargs)
+        reader = PromptReader(vocabulary, prompt_column, max_prompt_tokens, long_prompts)
+        self._prompts = reader.read(prompts, split)
+        longest = max(len(prompt.ids) for prompt in self._prompts) if max_prompt_tokens is None else max_prompt_tokens
+        length = longest + max_new_tokens
+        if vocabulary.context is not None and length > vocabulary.context:
+            raise ValueError(
+                f"max_prompt_tokens={longest} + max_new_tokens={max_new_tokens} exceed the {vocabulary.context} "
+                f"positions of model={model!r}: lower one of them"
+            )
+        reward = make_reward(
+            reward_model, reward_weights, reward_tokenizer, reward_batch_size, reward_device, reward_model_kwargs
+        )
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.tokenizer = vocabulary.tokenizer
+        #: Numbers of prompts cut and left out because of their length.
+        self.prompts_truncated, self.prompts_skipped = reader.truncated, reader.skipped
+        # Prompts given to `reset` must fit the room that there now is, and none of them can be left out.
+        self._forced = PromptReader(
+            vocabulary, prompt_column, longest, "error" if long_prompts == "skip" else long_prompts
+        )
+        self._deck = Deck(len(self._prompts))
+        self._rows = TextRows(num_envs, vocabulary, reward, longest, max_new_tokens, missing_eos_penalty)
+        self.single_observation_space = Dict(
+            input_ids=Box(0, vocabulary.size - 1, (length,), np.int64),
+            length=Box(0, length, (1,), np.int64),
+            prompt_length=Box(0, length, (1,), np.int64),
+        )
+        self.single_action_space = Discrete(vocabulary.size)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.metadata = self.metadata | {
+            "policy": "LanguagePolicy",
+            "policy_kwargs": {
+                "model": model,
+                "eos_token_id": vocabulary.eos_id,
+                "min_new_tokens": min_new_tokens,
+                "model_kwargs": dict(model_kwargs or {}),
+            },
+        }
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a text in every row.
+
+        :param seed: the same seed gives the same prompts, now and in the steps that follow.
+        :param options: `{"prompts": [...]}` gives the prompts of this reset, one per row.
+        :raises ValueError: another number of prompts than rows, or one that the constructor would refuse.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._deck.shuffle()
+        self._rows.start_all(self._choose(options))
+        return self._rows.observe(), {}
+
+    def step(
+        self, actions: NDArray[np.int64]
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Append one token to each row and replace the texts that end.
+
+        :param actions: token ids, [num_envs].
+        :raises ValueError: actions of another shape or outside the vocabulary.
+        """
+        finished, rewards, episodes = self._advance(actions)
+        terminations = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: dict[str, Any] = {}
+        if finished.size:
+            terminations[finished] = True
+            last = self._rows.observe()
+            for row, episode in zip(finished.tolist(), episodes, strict=True):
+                final = {"final_obs": {key: values[row] for key, values in last.items()}, "final_info": episode}
+                infos = self._add_info(infos, final, row)
+            self._rows.start(finished, self._draw(len(finished)))
+        return self._rows.observe(), rewards, terminations, np.zeros_like(terminations), infos
+
+    def render(self) -> tuple[str, ...] | None:
+        """The prompt and the text so far of each row, in mode `"ansi"`."""
+        if self.render_mode != "ansi":
+            return None
+        return tuple(self._rows.text(row) for row in range(self.num_envs))
+
+    def _advance(
+        self, actions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], list[dict[str, Any]]]:
+        """Append tokens and score what ends: (finished rows, rewards of all rows, infos of the finished)."""
+        if not self._rows.started:
+            raise ResetNeeded("call reset() before step()")
+        rewards = np.zeros(self.num_envs)
+        finished = self._rows.append(actions)
+        episodes: list[dict[str, Any]] = []
+        if finished.size:
+            rewards[finished], episodes = self._rows.finish(finished)
+        return finished, rewards, episodes
+
+    def _choose(self, options: Mapping[str, Any] | None) -> list[Prompt]:
+        if not options or "prompts" not in options:
+            return self._draw(self.num_envs)
+        prompts = self._forced.read(options["prompts"])
+        if len(prompts) != self.num_envs:
+            raise ValueError(f"options['prompts'] has {len(prompts)} prompts for {self.num_envs} rows")
+        return prompts
+
+    def _draw(self, count: int) -> list[Prompt]:
+        return [self._prompts[index] for index in self._deck.draw(count, self.np_random)]
+
+
+class TextGenEnv(gymnasium.Env[Observation, np.int64]):
+    """Writing one text token by token: one row of :class:`TextGenVectorEnv`, without autoreset.
+
+    :param arguments: those of :class:`TextGenVectorEnv`, except `num_envs`.
+    """
+
+    metadata = METADATA
+
+    def __init__(self, **arguments: Any) -> None:
+        self._vector = TextGenVectorEnv(1, **arguments)
+        self.render_mode = self._vector.render_mode
+        self.tokenizer = self._vector.tokenizer
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+        self.metadata = {key: value for key, value in self._vector.metadata.items() if key != "autoreset_mode"}
+        self._ended = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a text.
+
+        :param seed: the same seed gives the same prompts, now and in the resets that follow.
+        :param options: `{"prompt": ...}` gives the prompt of this reset.
+        """
+        super().reset(seed=seed)
+        forced = {"prompts": [options["prompt"]]} if options and "prompt" in options else None
+        observation, info = self._vector.reset(seed=seed, options=forced)
+        self._ended = False
+        return _first_row(observation), info
+
+    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Append one token.
+
+        :param action: a token id.
+        :raises ValueError: a token outside the vocabulary.
+        :raises gymnasium.error.ResetNeeded: the text has ended.
+        """
+        if self._ended:
+            raise ResetNeeded("the text has ended: call reset() before step()")
+        finished, rewards, episodes = self._vector._advance(np.array([action]))
+        self._ended = bool(finished.size)
+        info = episodes[0] if episodes else {}
+        return _first_row(self._vector._rows.observe()), float(rewards[0]), self._ended, False, info
+
+    def render(self) -> str | None:
+        """The prompt and the text so far, in mode `"ansi"`."""
+        texts = self._vector.render()
+        return texts[0] if texts else None
+
+
+def _first_row(observation: Observation) -> Observation:
+    return {key: values[0] for key, values in observation.items()}

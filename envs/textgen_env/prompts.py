@@ -1,0 +1,222 @@
+"""Prompts: read from wherever the user keeps them, tokenised once, drawn by shuffled epochs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from textgen_env.resolve import resolve
+from textgen_env.vocabulary import Vocabulary
+
+EMBEDDED_PROMPTS = "textgen_env:assets/prompts.jsonl"
+#: Arguments of reward functions that a column of the data cannot be called.
+RESERVED = frozenset({"prompts", "completions", "completion_ids"})
+
+Messages = list[dict[str, Any]]
+LongPrompts = Literal["error", "truncate", "skip"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    :param value: the text, or the chat messages.
+    :param ids: its tokens, [P].
+    :param columns: what else its row of the data holds, for reward functions.
+    """
+
+    value: str | Messages
+    ids: NDArray[np.int64]
+    columns: Mapping[str, Any]
+
+
+class PromptReader:
+    """Turns rows of data into tokenised prompts of bounded length.
+
+    :param vocabulary: the language model's.
+    :param column: the key under which a row holds its prompt.
+    :param max_tokens: the longest prompt allowed; None for no bound.
+    :param long_prompts: what happens to longer ones. `"truncate"` keeps the END of a prompt, since that is what the
+        model continues, and shows reward functions the text that is left (chat messages are shown whole).
+    :raises ValueError: an unknown `long_prompts`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, column: str, max_tokens: int | None, long_prompts: LongPrompts) -> None:
+        if long_prompts not in ("error", "truncate", "skip"):
+            raise ValueError(f"long_prompts={long_prompts!r} must be 'error', 'truncate' or 'skip'")
+        self._tokenizer = vocabulary.tokenizer
+        self._column = column
+        self._max_tokens = max_tokens
+        self._long_prompts = long_prompts
+        self.truncated = 0
+        self.skipped = 0
+
+    def read(self, source: Any, split: str = "train") -> list[Prompt]:
+        """Load, tokenise and check prompts.
+
+        :param source: see :class:`textgen_env.env.TextGenVectorEnv`; None for the embedded prompts.
+        :param split: of a dataset.
+        :raises ValueError: no prompts, an empty or too long prompt, a missing column, an unknown file type.
+        """
+        rows = rows_of(source, self._column, split)
+        if not rows:
+            raise ValueError("prompts is empty: pass at least one prompt")
+        values = [self._value(row, index) for index, row in enumerate(rows)]
+        prompts = []
+        for index, (row, value, ids) in enumerate(zip(rows, values, self._tokenise(values), strict=True)):
+            if not ids:
+                raise ValueError(f"prompts[{index}] is empty: it has no tokens; remove it or add text")
+            if self._max_tokens is not None and len(ids) > self._max_tokens:
+                if self._long_prompts == "error":
+                    raise ValueError(
+                        f"prompts[{index}] has {len(ids)} tokens, more than max_prompt_tokens={self._max_tokens}: "
+                        "raise max_prompt_tokens, or pass long_prompts='truncate' or 'skip'"
+                    )
+                if self._long_prompts == "skip":
+                    self.skipped += 1
+                    continue
+                self.truncated += 1
+                ids = ids[-self._max_tokens :]
+                value = self._tokenizer.decode(ids) if isinstance(value, str) else value
+            columns = {key: item for key, item in row.items() if key != self._column}
+            prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), columns))
+        if self.truncated or self.skipped:
+            _log.warning("long prompts: %d truncated on the left, %d skipped", self.truncated, self.skipped)
+        if not prompts:
+            raise ValueError(
+                f"prompts: all {len(rows)} are longer than max_prompt_tokens={self._max_tokens} and "
+                "long_prompts='skip' leaves none; raise max_prompt_tokens"
+            )
+        return prompts
+
+    def _value(self, row: Mapping[str, Any], index: int) -> str | Messages:
+        if clash := RESERVED & row.keys():
+            raise ValueError(f"prompts: rename the columns {sorted(clash)}; reward functions get these names already")
+        if self._column in row:
+            value = row[self._column]
+        elif {"chosen", "rejected"} <= row.keys():
+            value = shared_prompt(row["chosen"], row["rejected"])
+        else:
+            raise ValueError(f"prompts[{index}] has no column prompt_column={self._column!r}; there are {sorted(row)}")
+        if isinstance(value, str):
+            return value
+        if _is_chat(value):
+            chat: Messages = value
+            return chat
+        raise ValueError(
+            f"prompts[{index}] is neither a string nor a list of messages with 'role' and 'content': {value!r}"
+        )
+
+    def _tokenise(self, values: Sequence[str | Messages]) -> list[list[int]]:
+        """Token ids of each prompt; texts get the tokenizer's special tokens, chats their template's."""
+        chats = [index for index, value in enumerate(values) if not isinstance(value, str)]
+        if chats and not self._tokenizer.chat_template:
+            raise ValueError(
+                f"prompts[{chats[0]}] is a list of messages but the tokenizer has no chat template: set "
+                "tokenizer.chat_template and pass tokenizer=..., or give prompts as strings"
+            )
+        ids: list[list[int]] = [[] for _ in values]
+        texts = [index for index, value in enumerate(values) if isinstance(value, str)]
+        if texts:
+            for index, row in zip(texts, self._tokenizer([values[i] for i in texts])["input_ids"], strict=True):
+                ids[index] = row
+        if chats:
+            rendered = self._tokenizer.apply_chat_template(
+                [values[i] for i in chats], tokenize=False, add_generation_prompt=True
+            )
+            for index, row in zip(chats, self._tokenizer(rendered, add_special_tokens=False)["input_ids"], strict=True):
+                ids[index] = row
+        return ids
+
+
+class Deck:
+    """Draws the numbers 0 to size - 1 in shuffled epochs: each comes once before any comes again."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._left: list[int] = []
+
+    def shuffle(self) -> None:
+        """Forget the rest of the current epoch."""
+        self._left = []
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """The next `count` numbers."""
+        while len(self._left) < count:
+            self._left = rng.permutation(self._size).tolist() + self._left
+        return [self._left.pop() for _ in range(count)]
+
+
+def rows_of(source: Any, column: str, split: str) -> list[Mapping[str, Any]]:
+    """The rows of any supported source of prompts, as mappings.
+
+    :raises ValueError: a file of unknown type, or a source that is none of those supported.
+    :raises FileNotFoundError: a path that looks like a file of prompts and does not exist.
+    """
+    if source is None:
+        source = EMBEDDED_PROMPTS
+    if isinstance(source, str | os.PathLike):
+        source = _rows_of_name(resolve(os.fspath(source)), column, split)
+    elif hasattr(source, "keys") and split in source:  # a DatasetDict
+        source = source[split]
+    if hasattr(source, "to_list"):  # a Dataset
+        source = source.to_list()
+    if not isinstance(source, Sequence) or isinstance(source, str):
+        raise ValueError(
+            "prompts must be a list of strings, message lists or dicts, a dataset with the split "
+            f"{split!r}, a hub dataset's name, or a path; not {type(source).__name__}"
+        )
+    return [item if isinstance(item, Mapping) else {column: item} for item in source]
+
+
+def _rows_of_name(name: str, column: str, split: str) -> Any:
+    """Rows of a file, or of the hub dataset of that name; `datasets` is imported only where it is needed."""
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"prompts={name!r}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"prompts={name!r} needs the `datasets` package: pip install datasets") from error
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"prompts={name!r} does not exist")
+        return datasets.Dataset.from_parquet(str(path))
+    return datasets.load_dataset(name, split=split)
+
+
+def shared_prompt(chosen: str | Messages, rejected: str | Messages) -> str | Messages:
+    """The prompt of a preference pair: what both sides begin with.
+
+    Of texts in the form of Anthropic's HH data, only as far as the last `Assistant:` of it, since two answers may
+    begin alike.
+    """
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+        common = "".join(letter for letter, _ in same)
+        turn = common.rfind("\n\nAssistant:")
+        return common if turn < 0 else common[: turn + len("\n\nAssistant:")]
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    return [dict(message) for message, _ in pairs]  # type: ignore[arg-type]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value
+    )

@@ -1,0 +1,23 @@
+"""Names of models and files that ship inside a Python package."""
+
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def resolve(name: str) -> str:
+    """The path behind `package:relative/path`; every other name is returned as it is.
+
+    A name that exists on disk wins, and so does one whose part before the colon is no importable package (such as
+    a drive letter).
+
+    :param name: a hub name, a path, or `package:relative/path`.
+    :raises FileNotFoundError: the package exists but has no such file or folder.
+    """
+    package, colon, inner = name.partition(":")
+    if not colon or Path(name).exists() or not package.isidentifier() or find_spec(package) is None:
+        return name
+    path = files(package).joinpath(inner)
+    if not (path.is_dir() or path.is_file()):
+        raise FileNotFoundError(f"{name!r}: the package {package!r} has no {inner!r}")
+    return str(path)
