@@ -7,12 +7,13 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED = $(VENV)/.installed-
 
-.PHONY: help demo test test-slow docs bench-speed bench-language clean
+.PHONY: help demo test test-slow docs bench-speed bench-language bench-control clean
 
 help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
+	@echo "make bench-control   SAFE against PPO on control tasks: days; goes on where it was stopped (BENCH_ARGS=\"--seeds 1\")"
 	@echo "make clean      remove $(VENV) and what was built"
 
 demo: $(INSTALLED)demo
@@ -42,6 +44,12 @@ bench-speed: $(INSTALLED)bench .venv-sbx/bin/python
 
 bench-language: $(INSTALLED)bench
 	$(BIN)/python benchmarks/language.py
+
+bench-control: $(INSTALLED)bench
+	$(BIN)/python benchmarks/control.py run --suite tuned $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py run --suite stress $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py run --suite ablation $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py report
 
 # SBX in an environment of its own: it brings JAX.
 .venv-sbx/bin/python:

@@ -183,6 +183,9 @@ def rows_of(source: Any, column: str, split: str) -> list[Mapping[str, Any]]:
 def _rows_of_name(name: str, column: str, split: str) -> Any:
     """Rows of a file, or of the hub dataset of that name; `datasets` is imported only where it is needed."""
     path = Path(name)
+    # A hub dataset's name has no suffix of a file; without this a mistyped path would be looked up on the hub.
+    if path.suffix in {".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv"} and not path.is_file():
+        raise FileNotFoundError(f"prompts={name!r}: there is no such file")
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
@@ -195,8 +198,6 @@ def _rows_of_name(name: str, column: str, split: str) -> Any:
     except ImportError as error:
         raise ImportError(f"prompts={name!r} needs the `datasets` package: pip install datasets") from error
     if path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"prompts={name!r} does not exist")
         return datasets.Dataset.from_parquet(str(path))
     return datasets.load_dataset(name, split=split)
 
