@@ -1,0 +1,225 @@
+"""SAFE against SB3's PPO, PPO with an early stop, and TRPO on nine control tasks: tuned, under stress, layer by layer.
+
+    python benchmarks/control.py run [--suite tuned|stress|ablation] [--tasks ...] [--algorithms ...] [--seeds 10]
+                                     [--workers 2] [--time-limit SECONDS] [--long] [--budget-scale 0.1]
+    python benchmarks/control.py report
+    python benchmarks/control.py random
+
+Hyperparameters are the RL Zoo's, from sb3_safe/presets.yml, for all algorithms; SAFE's own arguments are its defaults,
+the same on every task. A run is a process with one thread and writes
+benchmarks/results/control/<setting>/<task>/<algorithm>/<seed>.json when it ends (and a .partial with the curve so far
+until then). Finished runs are skipped, so `run` goes on where it was stopped; all algorithms of a seed come before the
+next seed, so that it may be stopped at any time. `report` reads what is there: see control_report.py.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from control_run import RANDOM_FILE, RESULTS, measure_random_policy
+from control_settings import ALGORITHMS, SETTINGS, VARIANTS, Run, described
+
+from sb3_safe.presets import preset
+
+
+class Task(NamedTuple):
+    """How long and how often a task is trained on; ``good`` is where normalised scores are 1."""
+
+    good: float
+    """RL Zoo's published PPO (https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md): one run,
+    deterministic actions; LunarLander on v2 and MuJoCo on v3 of the environments, BipedalWalker after 5 M steps."""
+    seeds: int
+    budget: int | None = None
+    """None: the preset's."""
+    long_budget: int | None = None
+
+
+# The quick ones first: what a stopped run has is then spread over most tasks.
+TASKS = {
+    "CartPole-v1": Task(good=500.0, seeds=10),
+    "Pendulum-v1": Task(good=-172.2, seeds=10),
+    "Acrobot-v1": Task(good=-73.5, seeds=10),
+    "MountainCar-v0": Task(good=-110.4, seeds=10),
+    "LunarLander-v3": Task(good=242.1, seeds=5),
+    "HalfCheetah-v5": Task(good=5819.1, seeds=5, budget=300_000, long_budget=1_000_000),
+    "Hopper-v5": Task(good=2410.4, seeds=5, budget=300_000, long_budget=1_000_000),
+    "Walker2d-v5": Task(good=3478.8, seeds=5, budget=300_000, long_budget=1_000_000),
+    "BipedalWalker-v3": Task(good=287.9, seeds=5, budget=1_000_000),
+}
+SMALL = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
+"""Tasks of the stress suite, and those that TRPO is run on."""
+
+
+class Suite(NamedTuple):
+    """What ``--suite`` stands for."""
+
+    settings: tuple[str, ...]
+    tasks: tuple[str, ...]
+    algorithms: tuple[str, ...]
+
+
+SUITES = {
+    "tuned": Suite(("tuned",), tuple(TASKS), ("ppo", "safe", "ppo-target-kl", "trpo")),
+    "stress": Suite(tuple(name for name in SETTINGS if name not in ("tuned", "long")), SMALL,
+                    ("ppo", "safe", "ppo-target-kl")),
+    # Its runs of ppo and safe are those of the other suites.
+    "ablation": Suite(("tuned", "lr-x5"), ("CartPole-v1", "Pendulum-v1", "LunarLander-v3"), ("ppo", "safe", *VARIANTS)),
+}  # fmt: skip
+
+
+def plan(options: argparse.Namespace) -> Iterator[Run]:
+    """All runs of a suite in the order in which they are wanted: seed by seed."""
+    suite = SUITES[options.suite]
+    settings = options.settings or (("long",) if options.long else suite.settings)
+    tasks = options.tasks or suite.tasks
+    for seed in range(options.seeds or max(task.seeds for task in TASKS.values())):
+        for setting, task, algorithm in itertools.product(settings, tasks, options.algorithms or suite.algorithms):
+            spec = TASKS[task]
+            if not options.seeds and seed >= spec.seeds:
+                continue
+            if algorithm == "trpo" and task not in SMALL:
+                continue
+            if setting == "long" and spec.long_budget is None:
+                continue
+            budget = (spec.long_budget if setting == "long" else spec.budget) or preset(task)["n_timesteps"]
+            yield Run(setting, task, algorithm, seed, max(1, round(budget * options.budget_scale)))
+
+
+def result_file(out: Path, run: Run) -> Path:
+    """Where the result of a run is written."""
+    return out / run.setting / run.task / run.algorithm / f"{run.seed}.json"
+
+
+def is_done(path: Path, run: Run) -> bool:
+    """Whether a run has its result.
+
+    :raises ValueError: there is one, of other settings than the run would have now.
+    """
+    if not path.exists():
+        return False
+    result, wanted = json.loads(path.read_text(encoding="utf-8")), described(run)
+    differing = [name for name, value in wanted.items() if result.get(name) != json.loads(json.dumps(value))]
+    if differing:
+        raise ValueError(
+            f"{path} was made with other {', '.join(differing)}; run with --replace, or with another --out"
+        )
+    return True
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """Run what is missing, ``--workers`` at a time; the number of runs that failed."""
+    waiting, skipped = [], 0
+    for run in plan(options):
+        path = result_file(options.out, run)
+        try:
+            if is_done(path, run):
+                skipped += 1
+                continue
+        except ValueError:
+            if not options.replace:
+                raise
+        waiting.append((run, path))
+    print(f"{skipped} runs are done, {len(waiting)} to do", flush=True)
+    deadline = time.monotonic() + (options.time_limit or float("inf"))
+    running: dict[subprocess.Popen[str], tuple[Run, float]] = {}
+    done = failed = 0
+    total = len(waiting)
+
+    def stop(*_: int | FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while waiting or running:
+            late = time.monotonic() > deadline
+            if late and waiting:
+                print(f"time limit: {len(waiting)} runs not started", flush=True)
+                waiting = []
+            while waiting and len(running) < options.workers:
+                run, path = waiting.pop(0)
+                running[start(run, path)] = (run, time.monotonic())
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                run, since = running.pop(process)
+                done, failed = done + 1, failed + (process.returncode != 0)
+                outcome = f"{time.monotonic() - since:.0f} s" if process.returncode == 0 else "FAILED"
+                print(f"[{done}/{total}] {run.setting} {run.task} {run.algorithm} {run.seed}: {outcome}", flush=True)
+    finally:
+        for process in running:
+            process.terminate()
+    return failed
+
+
+def start(run: Run, path: Path) -> subprocess.Popen[str]:
+    """A run in a process of its own: one thread, a peak memory that is its own, errors that stop nothing else."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).with_name("control_run.py")
+    command = [sys.executable, "-W", "ignore", str(script), json.dumps(run._asdict()), str(path)]
+    return subprocess.Popen(command, env=os.environ | threads, text=True)
+
+
+def write_random_scores() -> None:
+    """Measure a random policy on every task, once; the file is kept with the results."""
+    RANDOM_FILE.parent.mkdir(parents=True, exist_ok=True)
+    scores = {task: measure_random_policy(task) for task in TASKS}
+    RANDOM_FILE.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run: Any = commands.add_parser("run", help="train what is missing")
+    run.add_argument("--suite", choices=SUITES, default="tuned")
+    run.add_argument("--tasks", nargs="+", choices=TASKS, help="default: the suite's")
+    run.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="default: the suite's")
+    run.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: the suite's")
+    run.add_argument("--seeds", type=int, help="default: 10 on classic control, 5 on the rest")
+    run.add_argument("--workers", type=int, default=2)
+    run.add_argument("--time-limit", type=float, help="seconds after which no run is started any more")
+    run.add_argument("--long", action="store_true", help="MuJoCo for 1 M steps, as the setting 'long'")
+    run.add_argument("--budget-scale", type=float, default=1.0, help="share of every budget; use another --out with it")
+    run.add_argument("--replace", action="store_true", help="redo runs that were made with other settings")
+    report = commands.add_parser("report", help="tables, plots and summary.json from the results that are there")
+    report.add_argument("--no-plots", action="store_true")
+    commands.add_parser("random", help="measure the random policy again (random.json)")
+    for command in (run, report):
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line's command; an exit code."""
+    options = parse(arguments)
+    if options.command == "random" or not RANDOM_FILE.exists():
+        write_random_scores()
+    if options.command == "run":
+        try:
+            return min(run_all(options), 1)
+        except ValueError as error:
+            print(f"control.py: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped; `run` goes on from here", file=sys.stderr)
+            return 130
+    if options.command == "report":
+        # matplotlib is needed for this only.
+        from control_report import write_report
+
+        good = {name: task.good for name, task in TASKS.items()}
+        print(write_report(options.out, good, SMALL, plots=not options.no_plots))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
