@@ -183,4 +183,5 @@ def normalize(advantages: Tensor) -> Tensor:
     """
     if len(advantages) < 2:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    std, mean = th.std_mean(advantages)
+    return (advantages - mean) / (std + 1e-8)

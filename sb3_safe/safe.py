@@ -466,7 +466,7 @@ class SAFE(OnPolicyAlgorithm):
                 "value_loss": error,
                 "entropy_loss": -entropy,
                 "approx_kl": update_kl,
-                "clip_fraction": (log_ratio.exp() - 1).abs() > self._clip,
+                "clip_fraction": th.expm1(log_ratio).abs() > self._clip,
                 "critic_gap": values.amax(dim=-1) - values.amin(dim=-1),
                 "kl": update_kl if batch.reference_log_prob is None else log_prob - batch.reference_log_prob,
             }
@@ -501,8 +501,8 @@ class SAFE(OnPolicyAlgorithm):
         if norm.item() > self.max_grad_norm:
             th.nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm, foreach=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = scale * rate
+        for group in optimizer.param_groups:
+            group["lr"] *= scale
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
