@@ -8,8 +8,9 @@ import textgen_env  # noqa: F401  (registers TextGenEnv-v0)
 
 from sb3_safe.callbacks import SampleCallback, StabilityCallback
 from sb3_safe.controller import AdaptiveKL, FixedKL, KLController, NoKL, SafeController
+from sb3_safe.finite import NonFiniteError
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
-from sb3_safe.safe import SAFE, NonFiniteError
+from sb3_safe.safe import SAFE
 from sb3_safe.vec_env import GymVecEnv
 
 __all__ = [

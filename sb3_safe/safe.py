@@ -25,6 +25,7 @@ from torch import Tensor
 from sb3_safe import environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.controller import KLController, make_controller
+from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_loss
 from sb3_safe.policies import (
     PessimisticCritics,
     TwinCriticCnnPolicy,
@@ -32,6 +33,7 @@ from sb3_safe.policies import (
     TwinCriticPolicy,
 )
 from sb3_safe.presets import preset, with_presets
+from sb3_safe.trust_bound import preview_scale, walk_back
 
 Reference = Literal["initial", "rollout"]
 Estimator = Literal["k1", "k2", "k3", "exact"]
@@ -41,10 +43,6 @@ ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k2", "k3", "e
 # Nats per action that the policy may be away from its reference unpunished.
 TAU_BASE: dict[Reference, float] = {"initial": 0.3, "rollout": 0.02}
 RETURN_SCALE_DECAY = 0.9
-
-
-class NonFiniteError(FloatingPointError):
-    """A reward, loss or gradient is NaN or infinite. The model holds its last good parameters."""
 
 
 class SAFE(OnPolicyAlgorithm):
@@ -349,37 +347,15 @@ class SAFE(OnPolicyAlgorithm):
             if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
                 return False
         except (RuntimeError, ValueError):  # torch refuses to draw from a distribution that is not finite
-            self._check_observations()
+            check_observations(self._last_obs, self.num_timesteps)
             raise
-        self._check_rollout()
+        check_rollout(self.rollout_buffer, self.num_timesteps)
         self._observe_rollout()
         return True
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
         self._finished_returns += [float(info["episode"]["r"]) for info in infos if "episode" in info]
-
-    def _check_observations(self) -> None:
-        """Name the observation that made a distribution refuse its parameters."""
-        last: Any = self._last_obs
-        for key, array in (last if isinstance(last, dict) else {"": last}).items():
-            for index in np.argwhere(~np.isfinite(array))[:1]:
-                raise NonFiniteError(
-                    f"observation {key} of environment {index[0]} is {array[tuple(index)]} after {self.num_timesteps} "
-                    "steps; check the environment"
-                )
-
-    def _check_rollout(self) -> None:
-        # What a network made of an observation comes first: its action may have spoilt the reward.
-        for name, cause in {"values": "observations", "rewards": "the reward function"}.items():
-            array = getattr(self.rollout_buffer, name)
-            bad = np.argwhere(~np.isfinite(array))
-            if len(bad) > 0:
-                step, env = bad[0]
-                raise NonFiniteError(
-                    f"{name[:-1]} of environment {env} at step {step} of the rollout is {array[step, env]} ({len(bad)} "
-                    f"such {name}, after {self.num_timesteps} steps in all); check {cause}"
-                )
 
     @th.no_grad()
     def _observe_rollout(self) -> None:
@@ -430,7 +406,7 @@ class SAFE(OnPolicyAlgorithm):
             loss, parts = self._loss(batch)
             if not math.isfinite(parts["loss"]):
                 self._set_trainable(start)
-                raise NonFiniteError(self._describe(parts, epoch, len(log)))
+                raise NonFiniteError(describe_loss(parts, epoch, len(log), self.num_timesteps))
             log.append(parts | {"epoch": epoch})
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                 break
@@ -513,43 +489,27 @@ class SAFE(OnPolicyAlgorithm):
     # -- the promise: no update moves the policy further than max_preview_kl ----------------------------------------
 
     def _preview_scale(self, log: list[dict[str, float]]) -> float:
-        """How much of the coming step to take, so that the KL foreseen after it stays within ``max_preview_kl``.
-
-        The KL to the rollout policy grows with the square of the distance moved, so its root is extrapolated and
-        the factor is ``sqrt(max / foreseen)`` (the published code never calls its preview, and has no root).
-
-        :param log: what was measured before this step and before the earlier ones.
-        """
+        """How much of the coming step to take; see :func:`~sb3_safe.trust_bound.preview_scale`."""
         if self.max_preview_kl is None:
             return 1.0
-        distance = math.sqrt(max(log[-1]["approx_kl"], 0.0))
-        before = math.sqrt(max(log[-2]["approx_kl"], 0.0)) if len(log) > 1 else 0.0
-        foreseen = max(distance, 2 * distance - before)  # in this order infinity stays infinity
-        return min(1.0, math.sqrt(self.max_preview_kl) / foreseen) if foreseen > 0 else 1.0
+        before = log[-2]["approx_kl"] if len(log) > 1 else 0.0
+        return preview_scale(log[-1]["approx_kl"], before, self.max_preview_kl)
 
-    @th.no_grad()
     def _keep_within_bound(self, start: list[Tensor], kls: list[float]) -> float:
-        """Walk back along the line to the parameters of before the update until the KL is within ``max_preview_kl``.
+        """Undo as much of the update as takes the policy beyond ``max_preview_kl``.
 
         :param start: trainable parameters before the update.
         :param kls: KL to the rollout policy in the minibatches of the last epoch, nats per action.
-        :return: the share of the update that was kept, 0 to 1.
+        :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
         """
         bound = self.max_preview_kl
         # One step cannot multiply the distance of all steps before it by four: measure only where it could matter.
         # A KL of 0 means that there was no step before it, and nothing is known.
         if bound is None or (len(kls) > 1 and 1e-10 < max(kls) < bound / 16):
             return 1.0
-        end, kept = self._get_trainable(), 1.0
-        while not (kl := self._whole_batch_kl()) <= bound:  # "not <=" is also true of NaN
-            kept *= min(0.5, 0.9 * math.sqrt(bound / kl)) if kl < math.inf else 0.1
-            if not kept > 1e-6:
-                # The old parameters themselves: 0 times an infinite parameter would not be 0.
-                self._set_trainable(start)
-                return 0.0
-            self._set_trainable([th.lerp(a, b, kept) for a, b in zip(start, end, strict=True)])
-        return kept
+        return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, bound)
 
+    @th.no_grad()
     def _whole_batch_kl(self) -> float:
         """KL of the rollout policy to the policy as it is now, over the whole rollout, nats per action."""
         if not all(th.isfinite(parameter).all() for parameter in self._trainable()):
@@ -584,13 +544,6 @@ class SAFE(OnPolicyAlgorithm):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("rate_factor", 1.0)
-
-    def _describe(self, parts: dict[str, float], epoch: int, number: int) -> str:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-        return (
-            f"loss is not finite in minibatch {number} (epoch {epoch}) of the update after {self.num_timesteps} steps: "
-            f"{values}. Lower learning_rate, or check observations and rewards for outliers"
-        )
 
     def _log_update(self, means: dict[str, float], kept: float) -> None:
         """SB3's names for what SB3 logs; all means are over the whole update."""

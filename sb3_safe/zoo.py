@@ -14,8 +14,9 @@ from typing import Any
 
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_safe.finite import NonFiniteError
 from sb3_safe.presets import PRESETS_FILE
-from sb3_safe.safe import SAFE, NonFiniteError
+from sb3_safe.safe import SAFE
 
 COMMANDS = {
     "train": "rl_zoo3.train",
