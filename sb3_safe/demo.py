@@ -1,6 +1,6 @@
 """Aligning a small language model with a reward model: ``python -m sb3_safe.demo``.
 
-The whole of RLHF on two CPU cores in minutes. A model of 0.9 million parameters writes reviews; SAFE tunes it to please
+The whole of RLHF on two CPU cores in minutes. A model of a million parameters writes reviews; SAFE tunes it to please
 a reward model that has learned from preferences. A gold score, which the algorithm never sees, tells whether
 the texts really became better or only please the reward model.
 """

@@ -49,10 +49,10 @@ class Recipe:
     seed: int = 0
     vocab_size: int = 1024
     tokenizer_reviews: int = 20_000
-    reviews: int = 192_000
-    hidden_size: int = 128
+    reviews: int = 420_000
+    hidden_size: int = 192
     layers: int = 2
-    intermediate_size: int = 512
+    intermediate_size: int = 576
     max_new_tokens: int = 32
     prompts: int = 320
     pairs: int = 4000
