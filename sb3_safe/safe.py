@@ -319,7 +319,8 @@ class SAFE(OnPolicyAlgorithm):
         :param reset_num_timesteps: whether to count from 0 (else training goes on).
         :param progress_bar: shows one (needs the extra ``progress``).
         :raises NonFiniteError: a reward, loss or gradient is NaN or infinite. What was learned up to then is in the
-            model, and saved at the path that the message names.
+            model, and saved at the path that a note to the error names; so it is when an environment or a reward
+            function raises a ValueError, a RuntimeError or an ArithmeticError.
         """
         if total_timesteps is None:
             total_timesteps = self.n_timesteps or self._recommended_timesteps()
@@ -327,11 +328,13 @@ class SAFE(OnPolicyAlgorithm):
             return super().learn(
                 total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
             )
-        except NonFiniteError as error:
-            folder = Path(self.logger.get_dir() or tempfile.gettempdir())
-            rescue = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
-            self.save(rescue)
-            error.add_note(f"The last good parameters are in the model, and saved to {rescue}")
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            # Whether training broke down, or an environment or a reward function: what was learned is kept.
+            if self._n_updates > 0 or isinstance(error, NonFiniteError):
+                folder = Path(self.logger.get_dir() or tempfile.gettempdir())
+                rescue = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
+                self.save(rescue)
+                error.add_note(f"The last good parameters are in the model, and saved to {rescue}")
             raise
 
     def _recommended_timesteps(self) -> int:

@@ -192,3 +192,21 @@ def test_a_stronger_penalty_keeps_the_model_nearer_to_its_start(estimator: str, 
         model.learn(16 * 16 * 10)
         drifts.append(model.measured_kl)
     assert drifts[1] < 0.7 * drifts[0]
+
+
+def test_a_reward_function_that_breaks_down_loses_nothing(env_kwargs: dict[str, Any], tmp_path: Any) -> None:
+    """The error names function and text, and what was learned is saved."""
+    score, calls = env_kwargs["reward_model"], []
+
+    def breaks_down(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(None)
+        return score(prompts, completions, **columns) if len(calls) < 20 else [float("nan")] * len(prompts)
+
+    model = text_model(env_kwargs | {"reward_model": breaks_down}, tensorboard_log=str(tmp_path))
+    with pytest.raises(ValueError, match="breaks_down") as caught:
+        model.learn(13 * 6 * 20)
+    assert model._n_updates > 0
+    rescue = caught.value.__notes__[0].split(" saved to ")[1]
+    loaded = SAFE.load(rescue, device="cpu")
+    for value, other in zip(model.policy.parameters(), loaded.policy.parameters(), strict=True):
+        assert th.equal(value, other)
