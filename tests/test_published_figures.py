@@ -31,3 +31,16 @@ def test_ratios_on_text_are_those_measured() -> None:
     update = statistics.median(row["update"] / row["flat_update"] for row in rows)
     assert f"writes {rollout:.2f} times" in README
     assert f"trains on {update:.0f} times" in README
+
+
+@pytest.mark.parametrize(("setting", "label"), [("tuned", "tuned"), ("lr-x5", "rate x 5"), ("lr-x20", "rate x 20")])
+def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, label: str) -> None:
+    summary = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())
+    figures = summary["settings"][setting]["aggregate"]["all tasks"]
+    cells = [
+        "{:.2f} [{:.2f}, {:.2f}]".format(*figures[algorithm][what])
+        for what in ("final", "average")
+        for algorithm in ("ppo", "safe")
+    ]
+    crashes = [str(figures[algorithm]["crashes"]) for algorithm in ("ppo", "safe")]
+    assert f"| {' | '.join([label, *cells, *crashes])} |" in README
