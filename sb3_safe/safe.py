@@ -275,12 +275,12 @@ class SAFE(OnPolicyAlgorithm):
                 f"policy={self.policy_class.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one "
                 f"of {', '.join(self.policy_aliases)}"
             )
-        if self.n_steps * self.n_envs < 2:
+        if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
                 f"n_steps * n_envs must be at least 2 to normalise advantages, got n_steps={self.n_steps}, "
                 f"n_envs={self.n_envs}; raise n_steps"
             )
-        if self.batch_size < 2:
+        if self.normalize_advantage and self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 to normalise advantages, got {self.batch_size}")
         if self.n_epochs < 1:
             raise ValueError(f"n_epochs must be at least 1, got {self.n_epochs}")

@@ -185,3 +185,9 @@ def test_an_update_without_a_single_finite_gradient_is_an_error(monkeypatch: pyt
         (before[name] for name, _ in model.policy.named_parameters()), model.policy.parameters(), strict=True
     ):
         assert th.equal(old, new)
+
+
+def test_a_minibatch_of_one_is_allowed_where_nothing_is_standardised() -> None:
+    model = SAFE("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=1, n_epochs=1, normalize_advantage=False, seed=0)
+    model.learn(8)
+    assert model._n_updates == 1

@@ -1,11 +1,9 @@
 """Loading a causal language model as the body of a policy."""
 
-from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch as th
+from textgen_env.resolve import resolve
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,15 +17,8 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     :raises ValueError: it cannot be loaded, or is not a causal language model.
     """
     try:
-        lm: nn.Module = AutoModelForCausalLM.from_pretrained(_folder(model), **({"dtype": th.float32} | kwargs))
+        lm: nn.Module = AutoModelForCausalLM.from_pretrained(resolve(model), **({"dtype": th.float32} | kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(f"model={model!r} cannot be loaded as a causal language model: {error}") from error
     # Dropout would make log-probabilities of training and rollout differ for the same weights.
     return lm.eval()
-
-
-def _folder(model: str) -> str:
-    package, colon, folder = model.partition(":")
-    if not colon or Path(model).exists() or not package.isidentifier() or find_spec(package) is None:
-        return model
-    return str(files(package).joinpath(folder))
