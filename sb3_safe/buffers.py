@@ -4,7 +4,7 @@ SB3's storage and arithmetic; minibatches come as slices of one shuffled copy an
 faster than indexing six NumPy arrays a minibatch.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class SafeSamples(NamedTuple):
-    """A minibatch of B actions: SB3's ``RolloutBufferSamples`` and three fields more."""
+    """A minibatch of B actions, or a piece of one: SB3's ``RolloutBufferSamples`` and four fields more."""
 
     observations: Tensor | TensorDict
     actions: Tensor
@@ -33,6 +33,8 @@ class SafeSamples(NamedTuple):
     """``[B]``, nats, where annotated."""
     old_critic_values: Tensor | None = None
     """``[B, K]``, where annotated."""
+    flat_index: Tensor | None = None
+    """``[B]``, where in the flat order of the rollout each action is."""
 
 
 class AnnotatedRollout(RolloutBuffer):
@@ -47,12 +49,21 @@ class AnnotatedRollout(RolloutBuffer):
         self.annotations: dict[str, Tensor] = {}
         self._flat: dict[str, Tensor] = {}
 
-    def annotate(self, **annotations: Tensor) -> None:
+    @th.no_grad()
+    def annotate(self, function: Callable[[SafeSamples], Mapping[str, Tensor]], batch_size: int) -> None:
         """Attach values to every action of the rollout.
 
-        :param annotations: ``reference_log_prob`` ``[T * N]``, ``old_critic_values`` ``[T * N, K]``; in flat order.
+        :param function: gives ``reference_log_prob`` ``[B]`` or ``old_critic_values`` ``[B, K]`` of some samples, or
+            replaces ``log_probs`` ``[B]`` by what training computes.
+        :param batch_size: as for :meth:`get`.
         """
-        self.annotations |= annotations
+        pieces = list(self.in_order(batch_size))
+        order = th.argsort(th.cat([piece.flat_index for piece in pieces]))  # type: ignore[misc]
+        parts = [function(piece) for piece in pieces]
+        self.annotations |= {name: th.cat([part[name] for part in parts])[order] for name in parts[0]}
+        if "log_probs" in self.annotations:
+            self.log_probs = self.unflatten(self.annotations.pop("log_probs").cpu().numpy())
+            self._flat = {}
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
         """GAE, as SB3's; remembers its arguments for :meth:`subtract_from_rewards`."""
@@ -77,8 +88,13 @@ class AnnotatedRollout(RolloutBuffer):
         return self.to_torch(self.swap_and_flatten(self.__dict__[name])).flatten()
 
     def in_order(self, batch_size: int) -> Iterator[SafeSamples]:
-        """Minibatches without shuffling, and without touching any random generator."""
+        """Everything once, in the pieces that training computes at a time, in an order that is always the same."""
         yield from self._batches(None, batch_size)
+
+    def minibatches(self, batch_size: int) -> Iterator[list[SafeSamples]]:
+        """Minibatches in random order, each as the pieces that are computed one after the other; here one piece."""
+        for samples in self.get(batch_size):
+            yield [samples]
 
     def get(self, batch_size: int | None = None) -> Generator[SafeSamples, None, None]:  # type: ignore[override]
         """Minibatches in random order; the permutation is the one that SB3 would draw.
@@ -112,6 +128,7 @@ class AnnotatedRollout(RolloutBuffer):
     def _batches(self, permutation: Tensor | None, batch_size: int) -> Generator[SafeSamples, None, None]:
         total = self.buffer_size * self.n_envs
         flat = self._flat_tensors()
+        index = th.arange(total, device=self.device) if permutation is None else permutation
         shuffled = flat if permutation is None else {name: tensor[permutation] for name, tensor in flat.items()}
         for start in range(0, total, batch_size):
             batch = {name: tensor[start : start + batch_size] for name, tensor in shuffled.items()}
@@ -124,6 +141,7 @@ class AnnotatedRollout(RolloutBuffer):
                 batch["returns"],
                 batch.get("reference_log_prob"),
                 batch.get("old_critic_values"),
+                index[start : start + batch_size],
             )
 
 

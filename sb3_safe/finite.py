@@ -1,6 +1,8 @@
 """Stopping where something is not finite, with what and where, before it spoils what was learned."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -47,16 +49,24 @@ def check_rollout(buffer: AnnotatedRollout, timesteps: int) -> None:
             )
 
 
-def describe_loss(parts: Mapping[str, float], epoch: int, number: int, timesteps: int) -> str:
-    """Say which part of a loss is not finite, and where it was met.
+def mean_of_finite(values: Iterable[float]) -> float:
+    """Mean of those values that are neither NaN nor infinite; NaN if there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan
 
-    :param parts: means over the minibatch, by name.
-    :param epoch: of the update.
-    :param number: of the minibatch in the update.
+
+def describe_steps(log: Sequence[Mapping[str, float]], timesteps: int) -> str:
+    """Say how much of an update could not be done, and what the loss consisted of where it first could not.
+
+    :param log: of every minibatch, means by name and whether its step was ``skipped``.
     :param timesteps: so far.
     """
-    values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    skipped = [number for number, parts in enumerate(log) if parts.get("skipped")]
+    parts = log[skipped[0]]
+    what = "gradient" if math.isfinite(parts["loss"]) else "loss"
+    values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items() if name not in ("epoch", "skipped"))
     return (
-        f"loss is not finite in minibatch {number} (epoch {epoch}) of the update after {timesteps} steps: {values}. "
-        "Lower learning_rate, or check observations and rewards for outliers"
+        f"loss or gradient is not finite in {len(skipped)} of {len(log)} minibatches of the update after {timesteps} "
+        f"steps; first the {what} of minibatch {skipped[0]}: {values}. The update is undone. Lower learning_rate, or "
+        "check observations and rewards for outliers"
     )

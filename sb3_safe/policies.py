@@ -48,6 +48,8 @@ class PessimisticCritics(nn.Module):
     n_critics: int
     soft_min_alpha: float
     return_scale: Tensor
+    rollout_is_approximate: bool = False
+    """Whether training computes other log-probabilities than acting does, which then replace those of the rollout."""
 
     def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
         if n_critics < 1:

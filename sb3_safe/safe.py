@@ -1,12 +1,12 @@
 """SAFE: stable alignment finetuning with entropy-aware control, as a Stable-Baselines3 on-policy algorithm."""
 
+import functools
 import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from io import BufferedIOBase
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
@@ -25,7 +25,7 @@ from torch import Tensor
 from sb3_safe import environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.controller import KLController, make_controller
-from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_loss
+from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
     PessimisticCritics,
     TwinCriticCnnPolicy,
@@ -97,6 +97,8 @@ class SAFE(OnPolicyAlgorithm):
         the initial, k3 against the rollout policy.
     :param max_preview_kl: KL to the rollout policy, nats per action, that no update exceeds: steps that would are
         shrunk, and if the whole batch is still past it the parameters walk back. ``None``: no bound.
+    :param critic_warmup: rollouts at the start whose updates train the critics alone: what a policy would do by the
+        advantages of critics that know nothing yet is noise.
     :param n_envs: number of environments, when ``env`` is an id.
     :param env_kwargs: arguments of the environment, when ``env`` is an id.
     :param stats_window_size: episodes that logged means are taken over.
@@ -147,6 +149,7 @@ class SAFE(OnPolicyAlgorithm):
         kl_reference: Reference | Literal["auto"] = "auto",
         kl_estimator: Estimator | Literal["auto"] = "auto",
         max_preview_kl: float | None = 0.5,
+        critic_warmup: int = 0,
         n_envs: int = 1,
         env_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -215,6 +218,7 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {kl_reference!r}")
         self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
         self.max_preview_kl = max_preview_kl
+        self.critic_warmup = critic_warmup
         # Made here, not in _setup_model: load() restores attributes between the two.
         self._make_controller()
         self.n_skipped_steps = 0
@@ -295,6 +299,8 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError(f"critic_tau must be in (0, 1], got {self.critic_tau}")
         if self.max_preview_kl is not None and not self.max_preview_kl > 0:
             raise ValueError(f"max_preview_kl must be positive, or None for no bound, got {self.max_preview_kl}")
+        if self.critic_warmup < 0:
+            raise ValueError(f"critic_warmup must be at least 0, got {self.critic_warmup}")
         if isinstance(self.clip_range_vf, float | int) and not self.clip_range_vf > 0:
             raise ValueError(f"clip_range_vf must be positive, or None for no clipping, got {self.clip_range_vf}")
 
@@ -365,17 +371,8 @@ class SAFE(OnPolicyAlgorithm):
         """What the loss and the controller need to know of a finished rollout, once."""
         buffer, policy, controller = self.rollout_buffer, self.policy, self.controller
         needs_reference = controller.active and self.kl_reference == "initial"
-        annotations: dict[str, list[Tensor]] = defaultdict(list)
-        if needs_reference or self.clip_range_vf is not None:
-            for batch in buffer.in_order(self.batch_size):
-                if needs_reference:
-                    annotations["reference_log_prob"].append(
-                        policy.reference_log_prob(batch.observations, batch.actions)
-                    )
-                if self.clip_range_vf is not None:
-                    values = policy.evaluate(batch.observations, batch.actions).values
-                    annotations["old_critic_values"].append(values)
-            buffer.annotate(**{name: th.cat(parts) for name, parts in annotations.items()})
+        if policy.rollout_is_approximate or needs_reference or self.clip_range_vf is not None:
+            buffer.annotate(functools.partial(self._annotations, needs_reference), self.batch_size)
         if needs_reference:
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
             self.measured_kl = functional.k1(log_ratio).mean().item()
@@ -393,6 +390,19 @@ class SAFE(OnPolicyAlgorithm):
             spread = RETURN_SCALE_DECAY * float(policy.return_scale) + (1 - RETURN_SCALE_DECAY) * spread
         policy.return_scale.fill_(max(spread, 1e-6))
 
+    def _annotations(self, needs_reference: bool, batch: SafeSamples) -> dict[str, Tensor]:
+        """What the loss will compare with, computed as it computes; see :meth:`AnnotatedRollout.annotate`."""
+        annotations, policy = {}, self.policy
+        if policy.rollout_is_approximate or self.clip_range_vf is not None:
+            evaluation = policy.evaluate(batch.observations, batch.actions)
+            if policy.rollout_is_approximate:
+                annotations["log_probs"] = evaluation.log_prob
+            if self.clip_range_vf is not None:
+                annotations["old_critic_values"] = evaluation.values
+        if needs_reference:
+            annotations["reference_log_prob"] = policy.reference_log_prob(batch.observations, batch.actions)
+        return annotations
+
     def train(self) -> None:
         """One update: ``n_epochs`` passes over the rollout."""
         policy, progress = self.policy, self._current_progress_remaining
@@ -403,27 +413,47 @@ class SAFE(OnPolicyAlgorithm):
         self._delta = None if self.huber_delta is None else self.huber_delta * policy.return_scale.item()
         start = self._get_trainable()
         log: list[dict[str, float]] = []
-        for epoch, batch in (
-            (i, batch) for i in range(self.n_epochs) for batch in self.rollout_buffer.get(self.batch_size)
+        for epoch, pieces in (
+            (i, pieces) for i in range(self.n_epochs) for pieces in self.rollout_buffer.minibatches(self.batch_size)
         ):
-            loss, parts = self._loss(batch)
-            if not math.isfinite(parts["loss"]):
-                self._set_trainable(start)
-                raise NonFiniteError(describe_loss(parts, epoch, len(log), self.num_timesteps))
-            log.append(parts | {"epoch": epoch})
-            if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
+            log.append(self._gradient(pieces) | {"epoch": epoch})
+            if self.target_kl is not None and log[-1]["approx_kl"] > 1.5 * self.target_kl:
                 break
-            log[-1]["skipped"] = float(not self._step(loss, self._preview_scale(log)))
-        means = {name: fmean(parts.get(name, 0.0) for parts in log) for name in log[0]}
-        if means.get("skipped") == 1:
-            raise NonFiniteError(f"every gradient of update {self._n_updates} is NaN or infinite; lower learning_rate")
+            taken = math.isfinite(log[-1]["loss"]) and self._step(self._preview_scale(log))
+            log[-1]["skipped"] = float(not taken)
+        n_skipped = sum(parts.get("skipped", 0.0) for parts in log)
+        self.n_skipped_steps += round(n_skipped)
+        if n_skipped > len(log) / 2:
+            self._set_trainable(start)
+            raise NonFiniteError(describe_steps(log, self.num_timesteps))
+        means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
-        self.n_skipped_steps += round(means.get("skipped", 0.0) * len(log))
         last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
         kept = self._keep_within_bound(start, last_epoch)
         if self.kl_reference == "rollout":
-            self.measured_kl = fmean(last_epoch) * kept**2
+            self.measured_kl = mean_of_finite(last_epoch) * kept**2
         self._log_update(means, kept)
+
+    def _gradient(self, pieces: list[SafeSamples]) -> dict[str, float]:
+        """The gradient of a minibatch, added up over the pieces that it is computed in.
+
+        :return: means over all its actions, for the log.
+        """
+        self.policy.optimizer.zero_grad()
+        sizes = [len(piece.actions) for piece in pieces]
+        advantages = th.cat([piece.advantages for piece in pieces])
+        if self.normalize_advantage:
+            advantages = functional.normalize(advantages)
+        means: dict[str, float] = defaultdict(float)
+        for piece, size, normalized in zip(pieces, sizes, th.split(advantages, sizes), strict=True):
+            loss, parts = self._loss(piece._replace(advantages=normalized))
+            share = size / len(advantages)
+            for name, value in parts.items():
+                means[name] += share * value
+            if not math.isfinite(parts["loss"]):
+                break  # the step will not be taken
+            loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
+        return means
 
     def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
         """The loss of a minibatch ``[]``, and means over its actions for the log."""
@@ -431,12 +461,14 @@ class SAFE(OnPolicyAlgorithm):
         if entropy is None:  # no closed form: the log-probability of the actions taken stands in, as in SB3
             entropy = -log_prob
         log_ratio = log_prob - batch.old_log_prob
-        advantages = functional.normalize(batch.advantages) if self.normalize_advantage else batch.advantages
-        surrogate = functional.clipped_surrogate(log_ratio, advantages, self._clip)
+        surrogate = functional.clipped_surrogate(log_ratio, batch.advantages, self._clip)
         error = functional.critic_error(values, batch.returns, self._delta, batch.old_critic_values, self._clip_vf)
         # Everything is a mean over actions, so it is added up per action and reduced once.
-        loss = surrogate + self.vf_coef * error
-        if self.ent_coef != 0:
+        loss = self.vf_coef * error
+        trains_policy = self._n_updates >= self.critic_warmup * self.n_epochs
+        if trains_policy:
+            loss = surrogate + loss
+        if self.ent_coef != 0 and trains_policy:
             loss = loss - self.ent_coef * entropy
         with th.no_grad():
             update_kl = functional.k3(log_ratio)
@@ -451,7 +483,7 @@ class SAFE(OnPolicyAlgorithm):
             }
             means = th.stack([value.to(loss.dtype) for value in statistics.values()]).mean(dim=1).tolist()
         parts = dict(zip(statistics, means, strict=True))
-        if self.kl_estimator != "k1":  # k1 is in the reward already
+        if self.kl_estimator != "k1" and trains_policy:  # k1 is in the reward already
             coefficient = self.controller.coefficient(parts["kl"])
             if coefficient > 0:
                 loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio)
@@ -468,17 +500,25 @@ class SAFE(OnPolicyAlgorithm):
         drift = log_prob - batch.reference_log_prob
         return functional.weighted_k3(drift, log_ratio) if self.kl_estimator == "k3" else functional.k2(drift)
 
-    def _step(self, loss: Tensor, scale: float) -> bool:
-        """One gradient step, ``scale`` times as long as it would be; not taken when the gradient is not finite."""
+    def _step(self, scale: float) -> bool:
+        """A step along the gradient, ``scale`` times as long as it would be; not taken where that is not finite."""
         optimizer = self.policy.optimizer
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        trained = [parameter for parameter in self._trainable() if parameter.grad is not None]
-        norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)  # type: ignore[misc]
-        if not math.isfinite(norm.item()):
-            return False
-        if norm.item() > self.max_grad_norm:
-            th.nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm, foreach=True)
+        # A group may have a limit of its own; the others share one.
+        limits = [
+            (group["params"], group["max_grad_norm"]) for group in optimizer.param_groups if "max_grad_norm" in group
+        ]
+        shared = [group["params"] for group in optimizer.param_groups if "max_grad_norm" not in group]
+        limits.append(([parameter for params in shared for parameter in params], self.max_grad_norm))
+        excess = []
+        for parameters, limit in limits:
+            trained = [parameter for parameter in parameters if parameter.grad is not None]
+            norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)
+            if not math.isfinite(norm.item()):
+                return False
+            if norm.item() > limit:
+                excess.append((trained, limit, norm))
+        for trained, limit, norm in excess:
+            th.nn.utils.clip_grads_with_norm_(trained, limit, norm, foreach=True)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale

@@ -1,7 +1,9 @@
 """What is wrong is said before training, by the name of the argument; what goes wrong later leaves a good model."""
 
+import itertools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,48 +145,58 @@ def test_an_observation_that_is_not_finite_is_traced_and_leaves_the_last_good_mo
     assert model.controller.metrics() == controller
 
 
-def test_a_loss_that_is_not_finite_takes_the_whole_update_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model, before = after_two_rollouts()
-    loss, calls = model._loss, iter(range(100))
+def poison(model: SAFE, which: Callable[[int], bool]) -> None:
+    """Make the loss of some minibatches, told by their number, NaN."""
+    loss, calls = model._loss, itertools.count()
 
     def poisoned_loss(batch: Any) -> Any:
         value, parts = loss(batch)
-        return (value * math.nan, parts | {"loss": math.nan}) if next(calls) == 3 else (value, parts)
+        return (value * math.nan, parts | {"loss": math.nan}) if which(next(calls)) else (value, parts)
 
-    monkeypatch.setattr(model, "_loss", poisoned_loss)
-    with pytest.raises(NonFiniteError, match="loss is not finite in minibatch 3") as caught:
+    model._loss = poisoned_loss  # type: ignore[method-assign]
+
+
+def poison_gradient(model: SAFE, which: Callable[[int], bool]) -> None:
+    """Make the gradient of some minibatches infinite, their loss being finite."""
+    gradient, calls = model._gradient, itertools.count()
+
+    def poisoned_gradient(pieces: Any) -> Any:
+        means = gradient(pieces)
+        if which(next(calls)):
+            model._trainable()[0].grad.fill_(math.inf)
+        return means
+
+    model._gradient = poisoned_gradient  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", [poison, poison_gradient])
+def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: Any):
+    model, _ = after_two_rollouts()
+    what(model, lambda number: number == 3)
+    model.learn(64, reset_num_timesteps=False)
+    assert model.n_skipped_steps == 1
+    logged = model.logger.name_to_value
+    assert logged["safe/skipped_steps"] == 1
+    assert all(np.isfinite(logged[name]) for name in ("train/loss", "train/approx_kl", "train/value_loss"))
+    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model._trainable())
+
+
+@pytest.mark.parametrize(("what", "named"), [(poison, "the loss"), (poison_gradient, "the gradient")])
+def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
+    model, before = after_two_rollouts()
+    intact = model._loss, model._gradient
+    what(model, lambda number: number >= 3)
+    with pytest.raises(
+        NonFiniteError, match=rf"minibatches of the update.*first {named} of minibatch 3.*learning_rate"
+    ) as caught:
         model.learn(64, reset_num_timesteps=False)
-    monkeypatch.undo()
     # The spread of returns is what the rollout showed; it is no parameter.
     before["return_scale"] = model.policy.return_scale.clone()
     for name, tensor in model.policy.state_dict().items():
         assert th.equal(tensor, before[name]), name
     assert any("saved to" in note for note in caught.value.__notes__)
+    model._loss, model._gradient = intact  # type: ignore[method-assign]
     model.learn(64, reset_num_timesteps=False)
-
-
-def test_single_gradients_that_are_not_finite_are_skipped_and_counted(monkeypatch: pytest.MonkeyPatch):
-    model, _ = after_two_rollouts()
-    step, calls = model._step, iter(range(100))
-    monkeypatch.setattr(
-        model, "_step", lambda loss, scale: step(loss if next(calls) != 3 else th.sqrt(0.0 * loss), scale)
-    )
-    model.learn(64, reset_num_timesteps=False)
-    assert model.n_skipped_steps == 1
-    assert model.logger.name_to_value["safe/skipped_steps"] == 1
-    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model._trainable())
-
-
-def test_an_update_without_a_single_finite_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    model, before = after_two_rollouts()
-    step = model._step
-    monkeypatch.setattr(model, "_step", lambda loss, scale: step(th.sqrt(0.0 * loss), scale))
-    with pytest.raises(NonFiniteError, match=r"every gradient.*learning_rate"):
-        model.learn(64, reset_num_timesteps=False)
-    for old, new in zip(
-        (before[name] for name, _ in model.policy.named_parameters()), model.policy.parameters(), strict=True
-    ):
-        assert th.equal(old, new)
 
 
 def test_a_minibatch_of_one_is_allowed_where_nothing_is_standardised() -> None:

@@ -119,8 +119,13 @@ def test_going_through_in_order_draws_no_random_numbers():
 @pytest.mark.parametrize("observations", ["vector", "dict"])
 def test_annotations_stay_with_their_actions(observations: str):
     buffer = filled(observations)
-    advantages = buffer.flat("advantages")
-    buffer.annotate(reference_log_prob=2 * advantages, old_critic_values=th.stack([advantages, -advantages], -1))
+    buffer.annotate(
+        lambda batch: {
+            "reference_log_prob": 2 * batch.advantages,
+            "old_critic_values": th.stack([batch.advantages, -batch.advantages], -1),
+        },
+        batch_size=5,
+    )
     for batch in buffer.get(4):
         assert th.equal(batch.reference_log_prob, 2 * batch.advantages)
         assert th.equal(batch.old_critic_values, th.stack([batch.advantages, -batch.advantages], -1))
@@ -128,11 +133,20 @@ def test_annotations_stay_with_their_actions(observations: str):
 
 def test_a_new_rollout_has_no_annotations_of_the_old_one():
     buffer = filled()
-    buffer.annotate(reference_log_prob=buffer.flat("advantages"))
+    buffer.annotate(lambda batch: {"reference_log_prob": batch.advantages}, batch_size=4)
     list(buffer.get(4))
     buffer.reset()
     assert next(buffer.in_order(4)).reference_log_prob is None
     assert next(buffer.in_order(4)).advantages.abs().max() == 0
+
+
+def test_log_probabilities_can_be_replaced_by_what_training_computes():
+    buffer = filled()
+    list(buffer.get(4))
+    buffer.annotate(lambda batch: {"log_probs": -batch.advantages}, batch_size=5)
+    for batch in buffer.get(4):
+        assert th.equal(batch.old_log_prob, -batch.advantages)
+    np.testing.assert_array_equal(buffer.log_probs, -buffer.advantages)
 
 
 def test_advantages_are_discounted_sums_of_temporal_differences():

@@ -195,7 +195,8 @@ def test_a_shrunken_step_does_not_stay_in_the_learning_rate():
     batch = next(model.rollout_buffer.get(64))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model._step(model._loss(batch)[0], 0.25)
+        model._gradient([batch])
+        model._step(0.25)
     assert [group["lr"] for group in model.policy.optimizer.param_groups] == [1e-2]
 
 
@@ -203,7 +204,8 @@ def test_the_length_of_a_step_is_scaled():
     steps = []
     for scale in (1.0, 0.25):
         model, before = learned(learning_rate=1e-2)
-        model._step(model._loss(next(model.rollout_buffer.in_order(64)))[0], scale)
+        model._gradient([next(model.rollout_buffer.in_order(64))])
+        model._step(scale)
         steps.append(
             th.cat([(now - old).detach().flatten() for now, old in zip(model._trainable(), before, strict=True)])
         )
@@ -212,7 +214,8 @@ def test_the_length_of_a_step_is_scaled():
 
 def test_a_gradient_that_is_not_finite_is_skipped():
     model, before = learned()
-    loss = model._loss(next(model.rollout_buffer.in_order(64)))[0] * math.nan
-    assert not model._step(loss, 1.0)
+    model._gradient([next(model.rollout_buffer.in_order(64))])
+    model._trainable()[0].grad[0] = math.nan
+    assert not model._step(1.0)
     for old, now in zip(before, model._trainable(), strict=True):
         assert th.equal(old, now)

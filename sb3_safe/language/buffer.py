@@ -1,16 +1,17 @@
 """A rollout buffer that yields whole texts.
 
 Storage is SB3's, but for observations: a text's tokens are its first observation and the actions that follow, so one
-observation a segment is kept, not one a token. A segment is what one environment wrote of one text within one
-rollout. A minibatch holds whole segments, packed into few rows for one forward pass, and every per-token tensor flat,
-with prompts and padding already gone: a loss needs no masks, and standardising advantages is masked whitening for free.
+observation a segment is kept, not one a token. A segment is what was written of one text within one rollout. A
+minibatch holds whole segments, packed into few rows for one forward pass, and every per-token tensor flat, with
+prompts and padding already gone: a loss needs no masks, and standardising advantages is masked whitening for free.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch as th
+from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from torch import Tensor
 
@@ -18,26 +19,53 @@ from sb3_safe.buffers import AnnotatedRollout, SafeSamples
 
 PACKED_WIDTH = 64
 
+Indices = NDArray[np.int64]
 
-class Segment(NamedTuple):
-    """What one environment wrote of one text within one rollout."""
+
+@dataclass
+class Segment:
+    """What was written of one text within one rollout."""
 
     env: int
     start: int
     """Step of the rollout at which it begins."""
-    context: np.ndarray
+    context: Indices
     """Token ids that were there before, ``[length]``."""
-    prompt_length: int
+    inserted: list[tuple[int, Indices]] = field(default_factory=list)
+    """Tokens that the environment wrote between two actions, and where in the text they begin."""
+
+
+class Piece(NamedTuple):
+    """Segments that go through the model together."""
+
+    observations: dict[str, Tensor]
+    """See :meth:`~sb3_safe.language.policy.LanguagePolicy.evaluate`."""
+    flat_index: Tensor
+    """``[B]``, where in the flat order of the rollout each of its actions is."""
 
 
 class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     """Rollout buffer for observations ``Dict(input_ids, length, prompt_length)`` and token actions.
 
-    ``batch_size`` counts tokens: the rollout is cut into the nearest number of minibatches of about equal size,
-    between segments.
+    ``batch_size`` counts actions: the rollout is cut into the nearest number of minibatches of about equal size,
+    between segments. It is cut once, at random, and every pass takes the same minibatches in another order: a model of
+    low precision then rounds the same way each time, so that a probability ratio begins at exactly 1.
+
+    Tokens by which a text grew between two actions beside the action itself, such as the answer of a user or a tool,
+    were written by the environment. They are part of the context, and of no loss.
+
+    :param micro_batch_size: tokens, prompts and padding included, that go through the model at a time; a minibatch
+        that has more is computed in pieces, with the same result. ``None``: all at once.
+    :raises ValueError: it is not positive.
     """
 
     segments: list[Segment]
+
+    def __init__(self, *args: Any, micro_batch_size: int | None = None, **kwargs: Any) -> None:
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, or None for no limit, got {micro_batch_size}")
+        self.micro_batch_size = micro_batch_size
+        super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
         """Forget the rollout."""
@@ -45,6 +73,11 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
         self.obs_shape = {}
         super().reset()
         self.segments = []
+        self._current: list[Segment] = []
+        #: Tokens of the text, and of its prompt, before each action ``[T, N]``.
+        self.lengths = np.zeros((self.buffer_size, self.n_envs), dtype=np.int64)
+        self.prompt_lengths = np.zeros_like(self.lengths)
+        self._minibatches: dict[int, list[list[Piece]]] = {}
 
     def add(  # type: ignore[override]
         self,
@@ -56,78 +89,123 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
         log_prob: Tensor,
     ) -> None:
         """Store one step of every environment; arguments as SB3's."""
-        starts = range(self.n_envs) if self.pos == 0 else np.flatnonzero(episode_start)
-        for env in starts:
-            length = int(obs["length"][env, 0])
-            context = obs["input_ids"][env, :length].astype(np.int64)
-            self.segments.append(Segment(int(env), self.pos, context, int(obs["prompt_length"][env, 0])))
+        lengths = obs["length"][:, 0].astype(np.int64)
+        if self.pos == 0:
+            self._current = [self._begin(env, obs, lengths) for env in range(self.n_envs)]
+        else:
+            begins = np.asarray(episode_start, dtype=bool)
+            expected = self.lengths[self.pos - 1] + 1
+            for env in np.flatnonzero(begins | (lengths != expected)).tolist():
+                if begins[env]:
+                    self._current[env] = self._begin(env, obs, lengths)
+                else:
+                    first = int(expected[env])
+                    tokens = obs["input_ids"][env, first : lengths[env]].astype(np.int64)
+                    self._current[env].inserted.append((first, tokens))
+        self.lengths[self.pos] = lengths
+        self.prompt_lengths[self.pos] = obs["prompt_length"][:, 0]
         super().add(obs, action, reward, episode_start, value, log_prob)
+
+    def _begin(self, env: int, obs: dict[str, np.ndarray], lengths: Indices) -> Segment:
+        segment = Segment(env, self.pos, obs["input_ids"][env, : lengths[env]].astype(np.int64))
+        self.segments.append(segment)
+        return segment
 
     def _flat_observations(self) -> dict[str, Tensor]:
         return {}
 
-    def _batches(self, permutation: Tensor | None, batch_size: int) -> Generator[SafeSamples, None, None]:
-        """Minibatches of whole segments; ``permutation`` (of tokens) only says whether to shuffle."""
-        # In flat order, environment by environment, a segment ends where the next one begins.
-        segments = sorted(self.segments, key=lambda segment: (segment.env, segment.start))
-        starts = np.array([segment.env * self.buffer_size + segment.start for segment in segments])
-        lengths = np.diff(starts, append=self.buffer_size * self.n_envs)
-        order = np.arange(len(segments))
-        if permutation is not None:
-            # The order in which the segments' first tokens come in the permutation of all tokens.
-            rank = th.empty_like(permutation)
-            rank[permutation] = th.arange(len(permutation), device=permutation.device)
-            order = np.argsort(rank[th.as_tensor(starts, device=rank.device)].cpu().numpy())
-        flat = self._flat_tensors()
-        total = int(lengths.sum())
-        n_batches = min(len(segments), max(1, round(total / batch_size)))
-        # A segment belongs to the minibatch in which its middle token falls.
-        middle = np.cumsum(lengths[order]) - lengths[order] / 2
-        owner = np.minimum((middle * n_batches / total).astype(int), n_batches - 1)
-        for number in range(n_batches):
-            chosen = order[owner == number]
-            if len(chosen) > 0:
-                yield self._samples([segments[i] for i in chosen], starts[chosen], lengths[chosen], flat)
+    def minibatches(self, batch_size: int) -> Iterator[list[SafeSamples]]:
+        """Minibatches in random order, each as pieces of at most ``micro_batch_size`` tokens."""
+        minibatches = self._cut(batch_size)
+        for number in np.random.permutation(len(minibatches)):
+            yield [self._samples(piece) for piece in minibatches[number]]
 
-    def _samples(
-        self, segments: list[Segment], starts: np.ndarray, lengths: np.ndarray, flat: dict[str, Tensor]
-    ) -> SafeSamples:
-        """Pack segments into rows ``[R, W]`` and pick their B tokens out of the flat tensors."""
-        contexts = np.array([len(segment.context) for segment in segments])
-        # The last token of a segment is predicted, but nothing is predicted from it.
-        rows, offsets, width = pack(contexts + lengths - 1)
-        steps = np.concatenate([np.arange(length) for length in lengths])
-        index = th.as_tensor(np.repeat(starts, lengths) + steps, device=self.device)
-        written = flat["actions"][index].long().view(-1)
-        ids = np.zeros((rows.max() + 1, width), dtype=np.int64)
-        positions = np.zeros_like(ids)  # where there is padding, each 0 begins a text of its own that nobody reads
-        tokens = np.split(written.cpu().numpy(), np.cumsum(lengths)[:-1])
-        for segment, row, offset, new in zip(segments, rows, offsets, tokens, strict=True):
-            text = np.concatenate([segment.context, new[:-1]])
-            ids[row, offset : offset + len(text)] = text
-            positions[row, offset : offset + len(text)] = np.arange(len(text))
-        prompt_lengths = np.array([segment.prompt_length for segment in segments])
-        observations = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "rows": np.repeat(rows, lengths),
-            "cols": np.repeat(offsets + contexts - 1, lengths) + steps,
-            "new_tokens": np.repeat(contexts - prompt_lengths, lengths) + steps,
-        }
-        picked: dict[str, Any] = {name: tensor[index] for name, tensor in flat.items() if name != "actions"}
+    def _batches(self, permutation: Tensor | None, batch_size: int) -> Generator[SafeSamples, None, None]:
+        """All pieces one by one; ``permutation`` (of actions) only says whether to shuffle the minibatches."""
+        minibatches = self._cut(batch_size)
+        count = len(minibatches)
+        for number in range(count) if permutation is None else np.random.permutation(count):
+            yield from map(self._samples, minibatches[number])
+
+    def _samples(self, piece: Piece) -> SafeSamples:
+        picked = {name: tensor[piece.flat_index] for name, tensor in self._flat_tensors().items()}
         return SafeSamples(
-            {name: self.to_torch(array) for name, array in observations.items()},
-            written,
+            piece.observations,
+            picked["actions"].long().view(-1),
             picked["values"],
             picked["log_probs"],
             picked["advantages"],
             picked["returns"],
             picked.get("reference_log_prob"),
             picked.get("old_critic_values"),
+            piece.flat_index,
         )
 
+    def _cut(self, batch_size: int) -> list[list[Piece]]:
+        """The rollout as minibatches of whole segments, each as pieces; made once."""
+        if batch_size not in self._minibatches:
+            ends = [self.buffer_size] * self.n_envs
+            lengths = np.zeros(len(self.segments), dtype=np.int64)
+            for number in range(len(self.segments) - 1, -1, -1):  # a segment ends where the environment's next begins
+                segment = self.segments[number]
+                lengths[number] = ends[segment.env] - segment.start
+                ends[segment.env] = segment.start
+            order = np.random.permutation(len(self.segments))
+            total = int(lengths.sum())
+            n_batches = min(len(order), max(1, round(total / batch_size)))
+            # A segment belongs to the minibatch in which its middle action falls.
+            middle = np.cumsum(lengths[order]) - lengths[order] / 2
+            owner = np.minimum((middle * n_batches / total).astype(int), n_batches - 1)
+            groups = [order[owner == number] for number in range(n_batches)]
+            self._minibatches[batch_size] = [
+                self._pieces([self.segments[i] for i in group], lengths[group]) for group in groups if len(group) > 0
+            ]
+        return self._minibatches[batch_size]
 
-def pack(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def _pieces(self, segments: list[Segment], lengths: Indices) -> list[Piece]:
+        """Pack segments into rows ``[R, W]``, and cut between rows."""
+        # The last action of a segment is predicted, but nothing is predicted from it.
+        text_lengths = np.array(
+            [self.lengths[segment.start + n - 1, segment.env] for segment, n in zip(segments, lengths, strict=True)]
+        )
+        rows, offsets, width = pack(text_lengths)
+        per_piece = rows.max() + 1 if self.micro_batch_size is None else max(1, self.micro_batch_size // width)
+        pieces = []
+        for first in range(0, int(rows.max()) + 1, int(per_piece)):
+            chosen = np.flatnonzero((rows >= first) & (rows < first + per_piece))
+            theirs = [segments[i] for i in chosen]
+            pieces.append(self._piece(theirs, lengths[chosen], rows[chosen] - first, offsets[chosen], width))
+        return pieces
+
+    def _piece(self, segments: list[Segment], lengths: Indices, rows: Indices, offsets: Indices, width: int) -> Piece:
+        ids = np.zeros((int(rows.max()) + 1, width), dtype=np.int64)
+        positions = np.zeros_like(ids)  # where there is padding, each 0 begins a text of its own that nobody reads
+        cols, new_tokens, index = [], [], []
+        for segment, n, row, offset in zip(segments, lengths.tolist(), rows, offsets.tolist(), strict=True):
+            steps = slice(segment.start, segment.start + n)
+            before = self.lengths[steps, segment.env]
+            text = np.empty(before[-1], dtype=np.int64)
+            text[: len(segment.context)] = segment.context
+            text[before[:-1]] = self.actions[steps, segment.env, 0][:-1]
+            for position, tokens in segment.inserted:
+                text[position : position + len(tokens)] = tokens
+            ids[row, offset : offset + len(text)] = text
+            positions[row, offset : offset + len(text)] = np.arange(len(text))
+            cols.append(offset + before - 1)
+            new_tokens.append(before - self.prompt_lengths[steps, segment.env])
+            index.append(segment.env * self.buffer_size + segment.start + np.arange(n))
+        observations = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "rows": np.repeat(rows, lengths),
+            "cols": np.concatenate(cols),
+            "new_tokens": np.concatenate(new_tokens),
+        }
+        tensors = {name: self.to_torch(array) for name, array in observations.items()}
+        return Piece(tensors, self.to_torch(np.concatenate(index)))
+
+
+def pack(lengths: Indices) -> tuple[Indices, Indices, int]:
     """Put texts one behind the other into rows of one width, longest first, each where it first fits.
 
     A model tells the texts of a row apart by their positions, which begin anew with each. Rows are as wide as the

@@ -1,11 +1,18 @@
 """Loading a causal language model as the body of a policy."""
 
+import inspect
 from typing import Any
 
 import torch as th
 from textgen_env.resolve import resolve
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Models from this size on are trained through adapters unless the user says otherwise: weights, gradients, optimizer
+# and reference of full finetuning in single precision take 20 bytes a parameter.
+LORA_FROM = 300_000_000
+# Arguments of from_pretrained that a configuration takes too.
+FILE_ARGUMENTS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
@@ -14,11 +21,51 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     :param model: name on the Hugging Face hub, folder, or ``package:folder`` for weights inside an installed package.
     :param kwargs: of ``from_pretrained``; ``dtype`` defaults to float32 (the tiny embedded model is stored in half
         precision and trained in full).
-    :raises ValueError: it cannot be loaded, or is not a causal language model.
+    :raises ValueError: it cannot be loaded, is not a causal language model, or keeps no keys and values.
     """
     try:
-        lm: nn.Module = AutoModelForCausalLM.from_pretrained(resolve(model), **({"dtype": th.float32} | kwargs))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={model!r} cannot be loaded as a causal language model: {error}") from error
+        lm: Any = AutoModelForCausalLM.from_pretrained(resolve(model), **({"dtype": th.float32} | kwargs))
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if kwargs.get("trust_remote_code") else _remote_code_hint(error)
+        raise ValueError(f"model={model!r} cannot be loaded as a causal language model: {error}{hint}") from error
+    accepted = inspect.signature(lm.base_model.forward).parameters
+    missing = {"past_key_values", "position_ids", "use_cache"} - accepted.keys()
+    kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
+    if getattr(lm, "_is_stateful", False) or missing or kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"model={model!r} ({type(lm).__name__}) is not supported: texts are written with a cache of keys and "
+            "values and positions of their own, which this architecture does not take; choose a transformer such as "
+            "Qwen, Llama, Gemma, Mistral or GPT-2"
+        )
     # Dropout would make log-probabilities of training and rollout differ for the same weights.
-    return lm.eval()
+    silence_dropout(lm)
+    return lm.eval()  # type: ignore[no-any-return]
+
+
+def _remote_code_hint(error: Exception) -> str:
+    if "trust_remote_code" not in str(error):
+        return ""
+    return ". If you trust its code, pass env_kwargs={'model_kwargs': {'trust_remote_code': True}}"
+
+
+def silence_dropout(lm: nn.Module) -> None:
+    """Set every dropout of a model to 0, also where layers are put into training mode for gradient checkpointing."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def model_size(model: str, **kwargs: Any) -> int:
+    """Parameters of a model, counted from its configuration alone.
+
+    :param model: as for :func:`load_language_model`.
+    :param kwargs: of ``from_pretrained``.
+    """
+    files = {name: value for name, value in kwargs.items() if name in FILE_ARGUMENTS}
+    config = AutoConfig.from_pretrained(resolve(model), **files)
+    with th.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, **{k: v for k, v in files.items() if k.startswith("trust")})
+    return sum(parameter.numel() for parameter in skeleton.parameters())

@@ -4,6 +4,8 @@ A text that ends leaves its slot to the next prompt at once (continuous batching
 of a text sits at position ``p`` of its slot, so there is no left padding and no position arithmetic.
 """
 
+from typing import Any
+
 import torch as th
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -66,7 +68,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlotCache(Cache):  # type: ignore[misc]
     """Slots of every layer, and the token ids that each row was filled with.
 
-    :param n_layers: layers of the model.
+    :param config: the model's configuration, for its layers and how far each looks back.
     :param n_rows: texts written side by side.
     :param capacity: longest text, in tokens.
     :param device: where ids are compared.
@@ -74,8 +76,10 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     layers: list[SlotLayer]
 
-    def __init__(self, n_layers: int, n_rows: int, capacity: int, device: th.device) -> None:
-        super().__init__(layers=[SlotLayer(n_rows, capacity) for _ in range(n_layers)])
+    def __init__(self, config: Any, n_rows: int, capacity: int, device: th.device) -> None:
+        super().__init__(layers=[SlotLayer(n_rows, capacity) for _ in range(config.num_hidden_layers)])
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.layer_types: set[str] | None = set(getattr(config, "layer_types", None) or ()) or None
         self.n_rows = n_rows
         self.ids = th.full((n_rows, capacity), -1, device=device)
         self.filled = th.zeros(n_rows, dtype=th.long, device=device)
@@ -102,18 +106,24 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.rows = rows
 
-    def begin_decode(self, positions: Tensor, width: int) -> Tensor:
+    def begin_decode(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """The next forward pass brings one token of every row.
 
         :param positions: ``[rows]``, where it stands in its text.
         :param width: slots positions to attend to, at least the largest position and one.
-        :return: the attention mask ``[rows, 1, 1, width]``, true where a key may be seen.
+        :return: the attention mask ``[rows, 1, 1, width]``, true where a key may be seen; one for each kind of layer
+            where there are layers that look back over a limited window.
         """
         for layer in self.layers:
             layer.rows, layer.positions, layer.width = None, positions, width
-        return (self._columns[:width] <= positions.unsqueeze(1))[:, None, None, :]
+        columns, last = self._columns[:width], positions.unsqueeze(1)
+        full = (columns <= last)[:, None, None, :]
+        if self.window is None or (self.layer_types is not None and "sliding_attention" not in self.layer_types):
+            return full
+        recent = full & (columns > last - self.window)[:, None, None, :]
+        return recent if self.layer_types is None else {"full_attention": full, "sliding_attention": recent}
 
     def remember(self, ids: Tensor, lengths: Tensor) -> None:
         """The slots now hold the first ``lengths`` ``[rows]`` tokens of ``ids`` ``[rows, capacity]``."""
         self.ids = ids
-        self.filled = lengths
+        self.filled = lengths.clone()  # the caller's may share memory with an observation, and this is overwritten

@@ -42,11 +42,12 @@ def test_every_token_is_seen_once_in_minibatches_of_about_equal_size(env_kwargs:
         assert sorted(zip(actions.tolist(), log_probs.tolist(), strict=True)) == expected
 
 
-def test_in_order_batches_follow_the_flat_order(env_kwargs: dict[str, Any]) -> None:
+def test_samples_know_where_in_the_flat_order_they_are(env_kwargs: dict[str, Any]) -> None:
     model = text_model(env_kwargs)
     buffer = rollout(model)
-    log_probs = np.concatenate([batch.old_log_prob for batch in buffer.in_order(20)])
-    np.testing.assert_array_equal(log_probs, buffer.flat("log_probs"))
+    for batch in buffer.in_order(20):
+        np.testing.assert_array_equal(batch.old_log_prob, buffer.flat("log_probs")[batch.flat_index])
+        np.testing.assert_array_equal(batch.actions, buffer.flat("actions")[batch.flat_index])
 
 
 def test_packed_ids_are_the_text_before_each_action(env_kwargs: dict[str, Any]) -> None:

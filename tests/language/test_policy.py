@@ -9,9 +9,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_safe import SAFE
 from sb3_safe.functional import categorical_kl
-from sb3_safe.language.policy import SUPPRESSED, _sample
 from sb3_safe.language.slots import SlotCache
+from sb3_safe.language.tokens import SUPPRESSED, sample
 
+from .conftest import make_config
 from .test_agreement import rollout, text_model
 
 
@@ -24,7 +25,7 @@ def observe(texts: list[list[int]], width: int = 20) -> dict[str, th.Tensor]:
 
 
 def test_a_slot_is_stale_when_its_text_changed_though_not_its_length() -> None:
-    slots = SlotCache(1, 3, 6, th.device("cpu"))
+    slots = SlotCache(make_config("qwen2"), 3, 6, th.device("cpu"))
     ids = th.tensor([[5, 6, 7, 0, 0, 0], [5, 6, 8, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
     assert slots.stale_rows(ids, th.tensor([2, 2, 0])).tolist() == [0, 1]  # nothing is needed of the third
     slots.remember(ids.clone(), th.tensor([3, 3, 1]))
@@ -58,7 +59,7 @@ def test_samples_follow_the_probabilities_and_never_have_probability_zero() -> N
     th.manual_seed(0)
     probabilities = th.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     log_probs = th.log_softmax(th.where(probabilities > 0, probabilities.log(), SUPPRESSED), -1)
-    draws = _sample(log_probs.expand(200_000, -1))
+    draws = sample(log_probs.expand(200_000, -1))
     frequencies = th.bincount(draws, minlength=6) / 200_000
     assert frequencies[[0, 2, 5]].sum() == 0
     np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(0.25 / 200_000))
@@ -123,8 +124,12 @@ def test_the_reference_stays_where_it_was(env_kwargs: dict[str, Any]) -> None:
     assert model.policy.exact_kl(batch.observations).abs().max() < 1e-6
     model.train()
     np.testing.assert_array_equal(model.policy.reference_log_prob(batch.observations, batch.actions), before)
-    _, log_probs = model.policy._score(model.policy.lm, batch.observations)
-    _, reference = model.policy._score(model.policy.reference, batch.observations)
+    log_probs, reference = (
+        model.policy.distribution.log_probs(
+            lm, model.policy._hidden(lm, batch.observations), batch.observations["new_tokens"]
+        )
+        for lm in (model.policy.lm, model.policy.reference)
+    )
     expected = (log_probs.exp() * (log_probs - reference)).sum(-1)
     assert expected.mean() > 1e-4
     np.testing.assert_allclose(model.policy.exact_kl(batch.observations).detach(), expected.detach(), atol=1e-5)
