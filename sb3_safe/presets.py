@@ -6,7 +6,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,31 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 PRESETS_FILE = Path(__file__).with_name("presets.yml")
+KEYWORDS = ("policy_kwargs", "env_kwargs", "rollout_buffer_kwargs")
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
 
 
-def preset(env_id: str) -> dict[str, Any]:
+def preset(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Recommended settings of an environment id: ``default`` of the file, overridden by the id's own entry.
+
+    An entry ``<id>/<argument>`` overrides that in turn where the environment is given the argument.
 
     Keys are constructor arguments of SAFE, and ``n_timesteps`` (budget of ``learn()``), ``n_envs``, ``policy`` and
     ``normalize`` (whether observations and rewards are normalised by SB3's ``VecNormalize``), as in the RL Zoo.
     """
     with PRESETS_FILE.open(encoding="utf-8") as file:
         presets = yaml.safe_load(file)
-    settings: dict[str, Any] = presets["default"] | presets.get(env_id.rpartition(":")[2], {})
+    name = env_id.rpartition(":")[2]
+    settings: dict[str, Any] = presets["default"] | presets.get(name, {})
+    for argument in env_kwargs or {}:
+        settings |= presets.get(f"{name}/{argument}", {})
     for name in SCHEDULED:
         if name in settings:
             settings[name] = _schedule(settings[name])
-    if "policy_kwargs" in settings:
-        # Written as the Zoo writes it, an expression, because classes such as nn.ReLU have no other form in YAML.
-        settings["policy_kwargs"] = eval(settings["policy_kwargs"], {"nn": nn, "dict": dict})
+    for name in KEYWORDS:
+        if name in settings:
+            # Written as the Zoo writes it, an expression, because classes such as nn.ReLU have no other form in YAML.
+            settings[name] = eval(settings[name], {"nn": nn, "dict": dict})
     return settings
 
 
@@ -69,11 +76,12 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
         if not by_id:
             init(self, **given)
             return
-        settings = preset(policy)
+        settings = preset(policy, given.get("env_kwargs"))
         self.n_timesteps = settings.pop("n_timesteps")
         self.preset_normalize = settings.pop("normalize", False)
-        if "policy_kwargs" in settings and given.get("policy_kwargs") is not None:
-            given["policy_kwargs"] = settings["policy_kwargs"] | given["policy_kwargs"]
+        for name in KEYWORDS:
+            if name in settings and given.get(name) is not None:
+                given[name] = settings[name] | given[name]
         settings |= {name: value for name, value in given.items() if name != "policy"}
         settings["env"] = policy
         settings.setdefault("policy", "auto")

@@ -114,7 +114,7 @@ def test_every_entry_of_the_file_is_made_of_arguments_and_numbers(env_id: str):
     arguments = set(inspect.signature(SAFE.__init__).parameters)
     assert set(entry) <= arguments | NOT_ARGUMENTS
     for name, value in entry.items():
-        assert not isinstance(value, str) or name in ("policy", "policy_kwargs", *presets.SCHEDULED), (
+        assert not isinstance(value, str) or name in ("policy", *presets.KEYWORDS, *presets.SCHEDULED), (
             f"{name} is a text: {value!r}"
         )
     settings = presets.preset(env_id)
@@ -131,3 +131,14 @@ def test_every_control_preset_builds_a_model_and_its_rollout_divides_into_miniba
     assert isinstance(model.env, VecNormalize) == entry.get("normalize", False)
     assert (model.n_steps * model.n_envs) % model.batch_size == 0
     assert env_id in gym.registry
+
+
+def test_an_entry_for_an_argument_of_the_environment_overrides_that_of_the_id(cheap: dict[str, Any]):
+    cheap["Tiny-vector-discrete-v0/length"] = {"n_steps": 24, "env_kwargs": "dict(length=5)"}
+    presets.PRESETS_FILE.write_text(
+        yaml.safe_dump(cheap | {"Tiny-vector-discrete-v0": {"n_steps": 16}}), encoding="utf-8"
+    )
+    assert SAFE("Tiny-vector-discrete-v0").n_steps == 16
+    model = SAFE("Tiny-vector-discrete-v0", env_kwargs={"length": 7})
+    assert model.n_steps == 24
+    assert model.env.get_attr("length") == [7]

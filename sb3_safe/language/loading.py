@@ -5,14 +5,13 @@ from typing import Any
 
 import torch as th
 from textgen_env.resolve import resolve
+from textgen_env.vocabulary import file_arguments
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # Models from this size on are trained through adapters unless the user says otherwise: weights, gradients, optimizer
 # and reference of full finetuning in single precision take 20 bytes a parameter.
 LORA_FROM = 300_000_000
-# Arguments of from_pretrained that a configuration takes too.
-FILE_ARGUMENTS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
@@ -58,13 +57,22 @@ def silence_dropout(lm: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def checkpoint_layers(lm: Any) -> None:
+    """Let a model's layers keep no activations for the backward pass, whichever name its transformers has for that."""
+    arguments = {"use_reentrant": False}
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
 def model_size(model: str, **kwargs: Any) -> int:
     """Parameters of a model, counted from its configuration alone.
 
     :param model: as for :func:`load_language_model`.
     :param kwargs: of ``from_pretrained``.
     """
-    files = {name: value for name, value in kwargs.items() if name in FILE_ARGUMENTS}
+    files = file_arguments(kwargs)
     config = AutoConfig.from_pretrained(resolve(model), **files)
     with th.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, **{k: v for k, v in files.items() if k.startswith("trust")})

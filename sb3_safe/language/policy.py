@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch as th
@@ -16,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_safe.language.adapters import Adapters
 from sb3_safe.language.buffer import SegmentBuffer
-from sb3_safe.language.loading import LORA_FROM, load_language_model, model_size
+from sb3_safe.language.export import export
+from sb3_safe.language.loading import LORA_FROM, checkpoint_layers, load_language_model, model_size
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
@@ -97,7 +99,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         )
         _check(observation_space, model, critic_gradient, critic_max_grad_norm, use_sde)
         assert model is not None
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "model": model,
             "eos_token_id": eos_token_id,
             "min_new_tokens": min_new_tokens,
@@ -135,7 +137,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
                 stacklevel=2,
             )
         if gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(lm)
         # In low precision, one token at a time rounds otherwise than whole texts do.
         self.rollout_is_approximate = lm.dtype != th.float32
         self._init_critics(n_critics, soft_min_alpha)
@@ -203,6 +205,15 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             return set()
         trained = {f"lm.{name}" for name, parameter in self.lm.named_parameters() if parameter.requires_grad}
         return {f"lm.{name}" for name in self.lm.state_dict()} - trained
+
+    def export(self, directory: str | Path, merged: bool = False) -> None:
+        """Write what was trained for others: transformers and PEFT can load it.
+
+        :param directory: gets the adapters, or without adapters the model, and the tokenizer.
+        :param merged: write the whole model with the adapters in its weights.
+        """
+        model, model_kwargs = self._arguments["model"], dict(self._arguments["model_kwargs"] or {})
+        export(self.lm, self.adapters, model, model_kwargs, directory, merged)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,7 @@ def env_kwargs(checkpoints: dict[str, str]) -> dict[str, Any]:
         "model": checkpoints["qwen2"],
         "reward_model": favours_low_ids,
         "prompts": ["the cat", "a mat and then", "it ran away from dogs into", "water"],
+        "max_prompt_tokens": 12,
         "max_new_tokens": 8,
         "min_new_tokens": 0,
     }

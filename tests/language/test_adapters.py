@@ -1,0 +1,230 @@
+"""Low-rank adapters: what they train, what the reference is, what is kept, what is written for others."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sb3_safe import SAFE
+from sb3_safe.language import adapters as adapters_module
+from sb3_safe.language import policy as policy_module
+
+from .test_agreement import rollout, text_model
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
+
+
+def adapted(env_kwargs: dict[str, Any], dtype: th.dtype = th.float32, **kwargs: Any) -> SAFE:
+    policy_kwargs = {"lora": LORA} | kwargs.pop("policy_kwargs", {})
+    env_kwargs = env_kwargs | {"model_kwargs": {"dtype": dtype}}
+    return text_model(env_kwargs, policy_kwargs=policy_kwargs, **({"learning_rate": 5e-3} | kwargs))
+
+
+def base_weights(model: SAFE) -> dict[str, th.Tensor]:
+    return {name: value.clone() for name, value in model.policy.lm.state_dict().items() if "lora_" not in name}
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_only_adapters_and_heads_change(
+    architecture: str, dtype: th.dtype, checkpoints: dict[str, str], env_kwargs: dict[str, Any]
+) -> None:
+    """And the model's own weights not by a bit, however often the adapters were merged into them."""
+    model = adapted(env_kwargs | {"model": checkpoints[architecture]}, dtype)
+    lora = {name: value.clone() for name, value in model.policy.lm.named_parameters() if "lora_" in name}
+    before = base_weights(model)
+    model.learn(13 * 6 * 4)
+    model.policy.adapters.unmerge()
+    for name, value in base_weights(model).items():
+        assert th.equal(value, before[name]), name
+    now = dict(model.policy.lm.named_parameters())
+    assert all(now[name].dtype == th.float32 for name in lora)
+    assert any(not th.equal(now[name], value) for name, value in lora.items())
+
+
+def test_merged_weights_write_what_the_adapters_say(env_kwargs: dict[str, Any]) -> None:
+    model = adapted(env_kwargs).learn(13 * 6 * 4)
+    buffer = rollout(model)
+    model.predict(model._last_obs)
+    assert model.policy.adapters.merged
+    for batch in buffer.get(20):
+        with th.no_grad():
+            log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+        assert not model.policy.adapters.merged
+        np.testing.assert_allclose(log_prob, batch.old_log_prob, atol=2e-5)
+
+
+def test_in_low_precision_the_first_ratio_is_exactly_one(env_kwargs: dict[str, Any]) -> None:
+    """Though writing rounds otherwise: the rollout's log-probabilities are replaced by those of training."""
+    model = adapted(env_kwargs, th.bfloat16, rollout_buffer_kwargs={"micro_batch_size": 128}).learn(13 * 6 * 3)
+    assert model.policy.rollout_is_approximate
+    buffer = rollout(model)
+    for pieces in buffer.minibatches(model.batch_size):
+        for piece in pieces:
+            log_prob = model.policy.evaluate(piece.observations, piece.actions).log_prob
+            assert th.equal(log_prob.detach(), piece.old_log_prob)
+
+
+def test_the_reference_is_the_model_without_adapters(env_kwargs: dict[str, Any]) -> None:
+    model = adapted(env_kwargs)
+    before = next(iter(rollout(model).get(1000)))
+    reference = model.policy.reference_log_prob(before.observations, before.actions)
+    np.testing.assert_allclose(reference, before.old_log_prob, atol=1e-5)
+    model.train()
+    assert model.policy.reference is None
+    np.testing.assert_array_equal(model.policy.reference_log_prob(before.observations, before.actions), reference)
+    with th.no_grad():
+        log_prob = model.policy.evaluate(before.observations, before.actions).log_prob
+        assert (log_prob - reference).abs().max() > 1e-3
+        assert model.policy.exact_kl(before.observations).mean() > 1e-5
+    assert all(value.requires_grad for name, value in model.policy.lm.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "exact"])
+def test_the_gradient_of_the_penalty_does_not_care_that_the_reference_is_the_same_weights(
+    estimator: str, env_kwargs: dict[str, Any]
+) -> None:
+    """It is that of full distributions written out by hand."""
+    model = adapted(env_kwargs, kl_estimator=estimator, n_epochs=4)
+    rollout(model)
+    model.train()
+    batch = next(iter(rollout(model).get(1000)))
+    policy, obs = model.policy, batch.observations
+    parameters = [value for name, value in policy.lm.named_parameters() if "lora_" in name]
+    log_prob = policy.evaluate(obs, batch.actions).log_prob
+    term = model._kl_term(batch, log_prob, log_prob - batch.old_log_prob).mean()
+    actual = th.autograd.grad(term, parameters)
+    with th.no_grad(), policy.adapters.disabled():
+        reference = policy.distribution.log_probs(policy.lm, policy._hidden(policy.lm, obs), obs["new_tokens"])
+    log_probs = policy.distribution.log_probs(policy.lm, policy._hidden(policy.lm, obs), obs["new_tokens"])
+    if estimator == "exact":
+        expected = (log_probs.exp() * (log_probs - reference)).sum(-1).mean()
+    else:
+        expected = 0.5 * (log_probs - reference).gather(-1, batch.actions.view(-1, 1)).square().mean()
+    for one, other in zip(actual, th.autograd.grad(expected, parameters), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_adapters_learn(env_kwargs: dict[str, Any]) -> None:
+    rewards: list[float] = []
+    model = adapted(
+        env_kwargs, n_envs=16, n_steps=16, batch_size=128, n_epochs=4, learning_rate=1e-2, kl_controller="none",
+        policy_kwargs={"lora": {"r": 16}},
+    )  # fmt: skip
+    model.learn(
+        16 * 16 * 24, callback=lambda local, _: rewards.extend(i["episode"]["r"] for i in local["infos"] if i) or True
+    )
+    tenth = len(rewards) // 10
+    assert np.mean(rewards[-tenth:]) > np.mean(rewards[:tenth]) + 0.15
+
+
+def test_saving_leaves_the_model_out_and_loading_goes_on_as_if_nothing_had_happened(
+    env_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapted(env_kwargs).learn(13 * 6 * 2)
+    model.save(tmp_path / "model")
+    names = model.policy.state_dict().keys()
+    assert all("lora_" in name for name in names if name.startswith("lm."))
+    assert any(name.startswith("heads.") for name in names)
+    loaded = SAFE.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    batch = next(iter(rollout(model).get(1000)))
+    for method in ("evaluate", "reference_log_prob"):
+        ours, theirs = (getattr(one.policy, method)(batch.observations, batch.actions) for one in (model, loaded))
+        for one, other in zip(*((x,) if isinstance(x, th.Tensor) else x for x in (ours, theirs)), strict=True):
+            assert th.equal(one, other)
+    loaded.learn(13 * 6 * 2, reset_num_timesteps=False)
+    with pytest.raises(RuntimeError, match=r"missing.*lora_A"):
+        loaded.policy.load_state_dict(
+            {name: value for name, value in model.policy.state_dict().items() if "lora_A" not in name}
+        )
+
+
+def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(env_kwargs).learn(13 * 6 * 2)
+    model.save(tmp_path / "model")
+    elsewhere = tmp_path / "elsewhere"
+    Path(env_kwargs["model"]).rename(elsewhere)
+    try:
+        with pytest.raises(ValueError, match="model="):
+            SAFE.load(tmp_path / "model", device="cpu")
+        moved = {"policy_kwargs": model.policy_kwargs | {"model": str(elsewhere)}}
+        loaded = SAFE.load(tmp_path / "model", device="cpu", custom_objects=moved)
+        obs = model.env.reset()
+        np.testing.assert_array_equal(
+            loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0]
+        )
+    finally:
+        elsewhere.rename(env_kwargs["model"])
+
+
+def greedy(model: SAFE, ids: list[int], n: int) -> list[int]:
+    """Tokens that the policy writes, one at a time."""
+    width, written = model.observation_space["input_ids"].shape[0], list(ids)
+    for _ in range(n):
+        obs = {
+            "input_ids": np.array(written + [0] * (width - len(written))),
+            "length": np.array([len(written)]),
+            "prompt_length": np.array([len(ids)]),
+        }
+        written.append(int(model.predict(obs, deterministic=True)[0]))
+    return written
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("lora", [LORA, False])
+def test_what_is_exported_writes_the_same_tokens_elsewhere(
+    lora: Any, merged: bool, env_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapted(env_kwargs, policy_kwargs={"lora": lora}, learning_rate=2e-2).learn(13 * 6 * 4)
+    model.policy.export(tmp_path, merged=merged)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("the cat sat")["input_ids"]
+    if lora and not merged:
+        base = AutoModelForCausalLM.from_pretrained(env_kwargs["model"])
+        alone = base.generate(th.tensor([ids]), do_sample=False, max_new_tokens=8)[0].tolist()
+        lm = PeftModel.from_pretrained(base, tmp_path)
+        assert not list(tmp_path.glob("model*.safetensors"))
+        assert alone != lm.generate(input_ids=th.tensor([ids]), do_sample=False, max_new_tokens=8)[0].tolist()
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path)
+    written = lm.generate(input_ids=th.tensor([ids]), do_sample=False, max_new_tokens=8)[0].tolist()
+    assert written == greedy(model, ids, len(written) - len(ids))
+
+
+def test_large_models_get_adapters_unless_the_user_says_otherwise(
+    env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert text_model(env_kwargs).policy.adapters is None
+    monkeypatch.setattr(policy_module, "LORA_FROM", 1000)
+    assert text_model(env_kwargs).policy.adapters is not None
+    assert text_model(env_kwargs, policy_kwargs={"lora": False}).policy.adapters is None
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ("yes", "lora must be"),
+        ({"r": 4, "lora_dropout": 0.1}, "lora_dropout must be 0"),
+        ({"rank": 4}, "does not fit"),
+        ({"target_modules": ["no_such_layer"]}, "does not fit"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "output layer"),
+    ],
+)
+def test_bad_arguments_are_named(lora: Any, said: str, env_kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=said):
+        text_model(env_kwargs, policy_kwargs={"lora": lora})
+
+
+def test_missing_peft_is_said_with_the_fix(env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ImportError, match=r"sb3-safe\[lora\]"):
+        adapters_module.Adapters(None, {})
+
+
+def test_low_precision_without_adapters_is_warned_of(env_kwargs: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="dtype"):
+        text_model(env_kwargs | {"model_kwargs": {"dtype": th.bfloat16}}, policy_kwargs={"lora": False})

@@ -1,0 +1,127 @@
+"""The distribution of the next token: restrictions, chunks, and that writing and training agree on it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sb3_safe.language import tokens as tokens_module
+from sb3_safe.language.tokens import SUPPRESSED, TokenDistribution, in_chunks
+
+from .test_agreement import rollout, text_model
+
+
+class OutputLayer:
+    """What a distribution asks of a language model; logits are the hidden states themselves."""
+
+    def __init__(self, size: int) -> None:
+        self.layer: Any = nn.Identity()
+        self.config = self
+        self.vocab_size = size
+
+    def get_output_embeddings(self) -> Any:
+        return self.layer
+
+    def get_text_config(self) -> Any:
+        return self
+
+
+def log_probs(logits: th.Tensor, chosen: th.Tensor | None = None, **kwargs: Any) -> th.Tensor:
+    lm = OutputLayer(logits.shape[-1])
+    return TokenDistribution(**kwargs).log_probs(lm, logits, th.zeros(len(logits), dtype=th.long), chosen)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.floats(0.05, 1.0), st.floats(0.2, 3.0))
+def test_what_is_left_is_the_most_probable_and_is_normalised(seed: int, top_k: int, top_p: float, t: float) -> None:
+    logits = th.randn(4, 9, generator=th.Generator().manual_seed(seed)) * 2
+    actual = log_probs(logits, top_k=top_k, top_p=top_p, temperature=t).exp().numpy()
+    whole = np.exp(logits.numpy() / t)
+    whole /= whole.sum(-1, keepdims=True)
+    for row, expected in zip(actual, whole, strict=True):
+        order = np.argsort(-expected)
+        kept = 1
+        while kept < top_k and (top_p == 1 or expected[order[:kept]].sum() < top_p - 1e-6):
+            kept += 1
+        assert set(np.flatnonzero(row > 0)) == set(order[:kept])
+        np.testing.assert_allclose(row[order[:kept]], expected[order[:kept]] / expected[order[:kept]].sum(), rtol=1e-4)
+
+
+def test_the_token_that_was_chosen_always_stays() -> None:
+    logits = th.tensor([[5.0, 4.0, -3.0]])
+    assert log_probs(logits, top_k=2)[0, 2] < SUPPRESSED / 2
+    kept = log_probs(logits, chosen=th.tensor([2]), top_k=2)
+    np.testing.assert_allclose(kept, th.log_softmax(logits, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8, "temperature": 1.3}])
+def test_writing_and_training_agree_under_restrictions(restriction: Any, env_kwargs: dict[str, Any]) -> None:
+    """Also after updates, where what is left may have changed: ratios stay finite."""
+    model = text_model(env_kwargs, policy_kwargs=restriction, learning_rate=1e-2)
+    for _ in range(3):
+        buffer = rollout(model)
+        for batch in buffer.get(20):
+            with th.no_grad():
+                log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+            np.testing.assert_allclose(log_prob, batch.old_log_prob, atol=1e-5)
+            assert batch.reference_log_prob.min() > -30
+        model.train()
+        assert np.isfinite(model.measured_kl)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_new_tokens": 2}, "eos_token_id"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TokenDistribution(**arguments)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_chunks_change_nothing(size: int, rows: int) -> None:
+    inputs = th.randn(size, 3, dtype=th.double, requires_grad=True)
+    weight = th.randn(3, 7, dtype=th.double, requires_grad=True)
+
+    def function(x: th.Tensor) -> tuple[th.Tensor, ...]:
+        y = (x @ weight).log_softmax(-1)
+        return y[:, 0], (y.exp() * y).sum(-1)
+
+    results = []
+    for chunk in (rows, size):
+        outputs = in_chunks(function, chunk, inputs)
+        results.append((*outputs, *th.autograd.grad(sum(o.square().sum() for o in outputs), [inputs, weight])))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one.detach(), other.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "exact"])
+def test_no_distribution_of_a_whole_minibatch_is_kept(
+    estimator: str, env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loss keeps for its gradient does not grow by a vocabulary for every token."""
+    model = text_model(env_kwargs, n_steps=64, batch_size=1000, kl_estimator=estimator, kl_controller="fixed")
+    batch = next(iter(rollout(model).get(1000)))
+    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    gradients, largest = [], []
+    for logits in (2**24, 300 * 16):
+        monkeypatch.setattr(tokens_module, "CHUNK_LOGITS", logits)
+        kept: list[int] = []
+        with th.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            loss, _ = model._loss(batch)
+        gradients.append(th.autograd.grad(loss, [p for p in model._trainable()], allow_unused=True))
+        largest.append(max(kept))
+    assert largest[0] >= 300 * len(batch.actions)
+    assert largest[1] < 300 * len(batch.actions)
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
