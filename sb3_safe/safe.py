@@ -372,7 +372,10 @@ class SAFE(OnPolicyAlgorithm):
         buffer, policy, controller = self.rollout_buffer, self.policy, self.controller
         needs_reference = controller.active and self.kl_reference == "initial"
         if policy.rollout_is_approximate or needs_reference or self.clip_range_vf is not None:
+            written = buffer.log_probs
             buffer.annotate(functools.partial(self._annotations, needs_reference), self.batch_size)
+            if policy.rollout_is_approximate:
+                self.logger.record("safe/rollout_mismatch", float(np.abs(buffer.log_probs - written).mean()))
         if needs_reference:
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
             self.measured_kl = functional.k1(log_ratio).mean().item()

@@ -7,13 +7,20 @@ the weights, which makes a token 1.3 to 1.5 times as fast.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch as th
 from torch import Tensor, nn
 
+from sb3_safe.language.loading import model_size
+
 # The paper's, for Qwen2.5-3B; of its layers "all-linear" are the usual seven projections.
 DEFAULTS: dict[str, Any] = {"r": 128, "lora_alpha": 128, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+# Models from this size on get adapters unless the user says otherwise: weights, gradients, optimizer and reference of
+# full finetuning in single precision take 20 bytes a parameter.
+LORA_FROM = 300_000_000
 
 
 class Adapters:
@@ -116,3 +123,19 @@ class Adapters:
         if not was_merged:
             self.unmerge()
         return state
+
+
+def lora_arguments(
+    lora: bool | Mapping[str, Any] | Literal["auto"], model: str, model_kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Arguments of the adapters, ``None`` where the model itself is to be trained.
+
+    :raises ValueError: ``lora`` is none of what it may be.
+    """
+    if lora == "auto":
+        lora = model_size(model, **model_kwargs) >= LORA_FROM
+    if isinstance(lora, Mapping):
+        return dict(lora)
+    if not isinstance(lora, bool):
+        raise ValueError(f"lora must be True, False, 'auto' or arguments of peft.LoraConfig, got {lora!r}")
+    return {} if lora else None

@@ -9,10 +9,6 @@ from textgen_env.vocabulary import file_arguments
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# Models from this size on are trained through adapters unless the user says otherwise: weights, gradients, optimizer
-# and reference of full finetuning in single precision take 20 bytes a parameter.
-LORA_FROM = 300_000_000
-
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     """Load a causal language model.

@@ -1,6 +1,7 @@
 """A causal language model as an SB3 actor-critic policy over tokens."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sb3_safe.language.adapters import Adapters
+from sb3_safe.language.adapters import Adapters, lora_arguments
 from sb3_safe.language.buffer import SegmentBuffer
+from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
-from sb3_safe.language.loading import LORA_FROM, checkpoint_layers, load_language_model, model_size
-from sb3_safe.language.slots import SlotCache
+from sb3_safe.language.loading import checkpoint_layers, load_language_model
+from sb3_safe.language.slots import SlotCache, additive
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
 
@@ -57,6 +59,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         ``"auto"``: for models of 300 million parameters or more. The model without its adapters is the reference.
     :param gradient_checkpointing: keep no activations within a layer for the backward pass, but compute them again:
         less memory, a third more time.
+    :param cuda_graphs: on a GPU, record the step that writes a token and replay it; off for models that cannot be.
     :param model_kwargs: arguments of ``from_pretrained``. ``dtype`` is float32 by default; with adapters and a GPU
         that has it, bfloat16.
     :param optimizer_class: the optimizer.
@@ -88,6 +91,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         critic_max_grad_norm: float = 0.5,
         lora: bool | Mapping[str, Any] | Literal["auto"] = "auto",
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = True,
         model_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -113,6 +117,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             "critic_max_grad_norm": critic_max_grad_norm,
             "lora": lora,
             "gradient_checkpointing": gradient_checkpointing,
+            "cuda_graphs": cuda_graphs,
             "model_kwargs": model_kwargs,
         }
         self.distribution = TokenDistribution(temperature, top_k, top_p, min_new_tokens, eos_token_id)
@@ -145,6 +150,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         self.target_heads: nn.ModuleList | None = None
         self.reference: Any = None
         self._slots: SlotCache | None = None
+        self._decode: DecodeStep | None = None
         rate = lr_schedule(1)
         groups = [
             {"params": [parameter for parameter in self.lm.parameters() if parameter.requires_grad], "lr": rate},
@@ -241,6 +247,10 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             self.adapters.merge()
         if self._slots is None or self._slots.n_rows != len(ids) or self._slots.ids.device != ids.device:
             self._slots = SlotCache(self.lm.config.get_text_config(), len(ids), ids.shape[1], ids.device)
+            self._decode = DecodeStep(
+                functools.partial(self._body, self.lm), self._slots, self._arguments["cuda_graphs"]
+            )
+        assert self._decode is not None
         slots, last = self._slots, lengths - 1
         stale = slots.stale_rows(ids, last)
         width = int(last[stale].max()) if len(stale) > 0 else 0
@@ -249,12 +259,9 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             # leaves in its slot beyond its own end is overwritten before anything attends to it.
             slots.begin_prefill(stale)
             self._body(self.lm, ids[stale, :width], None, slots)
-        mask = slots.begin_decode(last, int(lengths.max()))
-        if self.lm.config._attn_implementation == "eager":  # adds its mask to the scores; sdpa takes booleans
-            mask = _additive(mask, self.lm.dtype)
-        hidden = self._body(self.lm, ids.gather(1, last.unsqueeze(1)), mask, slots, last.unsqueeze(1))
+        hidden = self._decode(ids.gather(1, last.unsqueeze(1)).squeeze(1), last, int(lengths.max()))
         slots.remember(ids, lengths)
-        return hidden[:, 0]
+        return hidden
 
     def _body(
         self,
@@ -271,8 +278,10 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         """
         if positions is None:
             positions = th.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if mask is not None and lm.config._attn_implementation == "eager":  # adds its mask to the scores
+            mask = additive(mask, lm.dtype)
         # Adapters are in single precision; beside a model of lower precision they compute in that.
-        mixed = self.adapters is not None and lm.dtype != th.float32
+        mixed = self.adapters is not None and not self.adapters.merged and lm.dtype != th.float32
         with th.autocast(ids.device.type, lm.dtype if mixed else None, enabled=mixed):
             output = lm.base_model(
                 input_ids=ids,
@@ -376,29 +385,6 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         """Move the target heads towards the heads by ``tau`` in (0, 1]."""
         if self.target_heads is not None:
             polyak_update(self.heads.parameters(), self.target_heads.parameters(), tau)
-
-
-def lora_arguments(
-    lora: bool | Mapping[str, Any] | Literal["auto"], model: str, model_kwargs: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Arguments of the adapters, ``None`` where the model itself is to be trained.
-
-    :raises ValueError: ``lora`` is none of what it may be.
-    """
-    if lora == "auto":
-        lora = model_size(model, **model_kwargs) >= LORA_FROM
-    if isinstance(lora, Mapping):
-        return dict(lora)
-    if not isinstance(lora, bool):
-        raise ValueError(f"lora must be True, False, 'auto' or arguments of peft.LoraConfig, got {lora!r}")
-    return {} if lora else None
-
-
-def _additive(mask: Any, dtype: th.dtype) -> Any:
-    """A mask that is added to attention scores, from one that says what may be seen; or several of them."""
-    if isinstance(mask, dict):
-        return {name: _additive(part, dtype) for name, part in mask.items()}
-    return th.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -th.inf)
 
 
 def _check(

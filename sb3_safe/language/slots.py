@@ -127,3 +127,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         """The slots now hold the first ``lengths`` ``[rows]`` tokens of ``ids`` ``[rows, capacity]``."""
         self.ids = ids
         self.filled = lengths.clone()  # the caller's may share memory with an observation, and this is overwritten
+
+
+def additive(mask: Any, dtype: th.dtype) -> Any:
+    """A mask that is added to attention scores, from one that says what may be seen; or several of them."""
+    if isinstance(mask, dict):
+        return {name: additive(part, dtype) for name, part in mask.items()}
+    return th.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -th.inf)

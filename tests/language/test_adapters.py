@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sb3_safe import SAFE
 from sb3_safe.language import adapters as adapters_module
-from sb3_safe.language import policy as policy_module
 
 from .test_agreement import rollout, text_model
 
@@ -199,7 +198,7 @@ def test_large_models_get_adapters_unless_the_user_says_otherwise(
     env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text_model(env_kwargs).policy.adapters is None
-    monkeypatch.setattr(policy_module, "LORA_FROM", 1000)
+    monkeypatch.setattr(adapters_module, "LORA_FROM", 1000)
     assert text_model(env_kwargs).policy.adapters is not None
     assert text_model(env_kwargs, policy_kwargs={"lora": False}).policy.adapters is None
 

@@ -55,6 +55,19 @@ def test_slots_give_what_a_fresh_forward_pass_gives(env_kwargs: dict[str, Any]) 
                 texts[row] = generator.integers(2, 300, generator.integers(1, 12)).tolist()
 
 
+def test_a_step_of_fixed_shape_gives_what_one_of_the_right_width_gives(env_kwargs: dict[str, Any]) -> None:
+    """A recorded step attends to whole slots, whatever lies beyond a text's end."""
+    policy = text_model(env_kwargs).policy
+    obs = observe([[5, 6, 7], [8, 9, 10, 11, 12, 13], [4]])
+    with th.no_grad():
+        expected = policy._continue(obs["input_ids"], obs["length"].view(-1)).clone()
+        last = obs["length"].view(-1) - 1
+        for layer in policy._slots.layers:
+            layer.keys[:, :, 6:] = layer.values[:, :, 6:] = 100.0
+        whole = policy._decode(obs["input_ids"].gather(1, last[:, None]).squeeze(1), last, obs["input_ids"].shape[1])
+    np.testing.assert_allclose(whole, expected, atol=1e-6)
+
+
 def test_samples_follow_the_probabilities_and_never_have_probability_zero() -> None:
     th.manual_seed(0)
     probabilities = th.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
