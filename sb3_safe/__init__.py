@@ -6,11 +6,12 @@ environment is made.
 
 import textgen_env  # noqa: F401  (registers TextGenEnv-v0)
 
-from sb3_safe.callbacks import SampleCallback, StabilityCallback
+from sb3_safe.callbacks import ProgressCallback, StabilityCallback
 from sb3_safe.controller import AdaptiveKL, FixedKL, KLController, NoKL, SafeController
 from sb3_safe.finite import NonFiniteError
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from sb3_safe.safe import SAFE
+from sb3_safe.text_callbacks import SampleCallback
 from sb3_safe.vec_env import GymVecEnv
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "KLController",
     "NoKL",
     "NonFiniteError",
+    "ProgressCallback",
     "SafeController",
     "SampleCallback",
     "StabilityCallback",

@@ -1,8 +1,9 @@
-"""Callbacks that watch a run: how stable it is, and what texts its policy writes."""
+"""Callbacks that watch a run: how stable it is, how far it is and how well it does."""
 
 import json
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_safe.stability import distinct_n, stability_metrics
@@ -27,6 +28,58 @@ TRAINING_LOG = {
 LOGGED = ("crashes", "dispersion", "dispersion_net", "kl_spikes", "entropy_floor_hits")
 
 Infos = Sequence[Mapping[str, Any]]
+
+
+class ProgressCallback(ProgressBarCallback):
+    """A progress bar that also shows how well the run is doing. For any algorithm of SB3; needs the extra ``progress``.
+
+    Beside the bar: time left; steps (of texts: tokens) per second; mean reward of the last ``stats_window_size``
+    episodes; where there is a KL controller, the KL to the reference policy and, after the slash, the threshold beyond
+    which it is penalised, nats per action.
+
+    :raises ImportError: rich or tqdm is not installed.
+    """
+
+    def _on_training_start(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from tqdm.rich import RateColumn, tqdm  # type: ignore[import-untyped]
+
+        unit = "tokens" if "input_ids" in getattr(self.model.observation_space, "spaces", {}) else "steps"
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            RateColumn(unit=unit),
+            TextColumn("{task.description}"),
+        )
+        # Speed is averaged over ten minutes: rich's 30 seconds may be shorter than an iteration, whose update does not
+        # move the bar. Drawn twice a second, since drawing takes time from training.
+        self.pbar = tqdm(
+            total=self.locals["total_timesteps"] - self.model.num_timesteps,
+            desc=self._status(),
+            progress=columns,
+            options={"speed_estimate_period": 600, "refresh_per_second": 2},
+        )
+        # A run that is interrupted must give back the terminal too, before the interpreter takes rich apart.
+        weakref.finalize(self, self.pbar.close)
+
+    def _on_rollout_start(self) -> None:
+        self.pbar.set_description_str(self._status(), refresh=False)
+
+    def _on_training_end(self) -> None:
+        self.pbar.set_description_str(self._status(), refresh=False)
+        super()._on_training_end()
+
+    def _status(self) -> str:
+        parts = []
+        if self.model.ep_info_buffer:
+            parts.append(f"reward {np.mean([episode['r'] for episode in self.model.ep_info_buffer]):.4g}")
+        controller = getattr(self.model, "controller", None)
+        if controller is not None and controller.active:
+            limit = controller.metrics().get("threshold")
+            kl = f"KL {self.model.measured_kl:.3f}"  # type: ignore[attr-defined]
+            parts.append(kl if limit is None else f"{kl}/{limit:.3f}")
+        return " ".join(parts)
 
 
 class StabilityCallback(BaseCallback):
@@ -78,7 +131,7 @@ class StabilityCallback(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
-        self.rows = _continue_file(self.path, self.rows, self.model.num_timesteps)
+        self.rows = continue_file(self.path, self.rows, self.model.num_timesteps)
         self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         self._row = None
 
@@ -154,97 +207,31 @@ def episode_columns(infos: Infos) -> dict[str, float]:
     return columns
 
 
-class SampleCallback(BaseCallback):
-    """Texts that the policy writes on the same prompts, with the same random numbers, as training goes on.
-
-    Before training, every so many rollouts, and at its end. They go to TensorBoard as ``samples/texts``. Training is
-    not disturbed: no random number of its own is used up.
-
-    :param env: a text environment of its own, with as many rows as there are to be texts.
-    :param prompts: one per row; ``None``: those that the environment draws with ``seed``.
-    :param every: rollouts between two samples.
-    :param seed: of prompts and sampling.
-    :param folder: samples go to ``samples.jsonl`` in it, which is begun and continued as the rows' file is.
-    :param verbose: 1: print them too.
-    """
-
-    def __init__(
-        self,
-        env: VecEnv,
-        prompts: Sequence[Any] | None = None,
-        every: int = 10,
-        seed: int = 0,
-        folder: str | Path | None = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(verbose)
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.env = env
-        self.prompts = prompts
-        self.every = every
-        self.seed = seed
-        self.path = None if folder is None else Path(folder) / SAMPLES_FILE
-        #: Dicts with ``timesteps``, ``prompt``, ``completion``, ``reward``, ``finish_reason``.
-        self.samples: list[dict[str, Any]] = []
-        self._rollouts = 0
-
-    def _on_training_start(self) -> None:
-        self.samples = _continue_file(self.path, self.samples, self.model.num_timesteps)
-
-    def _on_rollout_start(self) -> None:
-        if self._rollouts % self.every == 0:
-            self._sample()
-        self._rollouts += 1
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_training_end(self) -> None:
-        self._sample()
-
-    def _sample(self) -> None:
-        steps = self.model.num_timesteps
-        samples = [
-            {
-                "timesteps": steps,
-                "prompt": text["prompt"],
-                "completion": text["completion"],
-                "reward": text["episode"]["r"],
-                "finish_reason": text["finish_reason"],
-            }
-            for text in write_texts(self.model, self.env, self.prompts, self.seed)
-        ]
-        self.samples += samples
-        if self.path is not None:
-            write_json_lines(self.path, samples, append=True)
-        lines = [f"{sample['reward']:+.2f} | {sample['prompt']} >>>{sample['completion']}" for sample in samples]
-        if self.verbose >= 1:
-            print(f"After {steps} steps:", *lines, sep="\n  ")
-        # Indented by four, so that TensorBoard's Markdown shows the text as it is.
-        markdown = "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
-        self.logger.record("samples/texts", markdown, exclude=("stdout", "log", "json", "csv"))
-
-
 def write_texts(
-    model: BaseAlgorithm, env: VecEnv, prompts: Sequence[Any] | None = None, seed: int = 0
+    model: BaseAlgorithm,
+    env: VecEnv,
+    prompts: Sequence[Any] | None = None,
+    seed: int = 0,
+    deterministic: bool = False,
 ) -> list[dict[str, Any]]:
-    """Let a model write one sampled text per row of a text environment.
+    """Let a model write one text per row of a text environment.
 
     :param model: any SB3 algorithm whose policy writes tokens.
     :param env: not the one it is training in.
     :param prompts: one per row; ``None``: those that the environment draws with ``seed``.
     :param seed: of prompts and sampling; torch's own generators are left as they were.
+    :param deterministic: whether each token is the likeliest one instead of a sampled one.
     :return: the infos of the episodes, in the order of rows. ``terminal_observation`` holds the whole text's ids.
     """
     texts: dict[int, dict[str, Any]] = {}
     with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         th.manual_seed(seed)
         env.seed(seed)
-        env.set_options({} if prompts is None else {"prompts": list(prompts)})
+        # The first name is read by environments of one text side by side, the other by one of many texts.
+        env.set_options({} if prompts is None else [{"prompt": prompt, "prompts": list(prompts)} for prompt in prompts])
         observations: Any = env.reset()
         while len(texts) < env.num_envs:
-            actions, _ = model.predict(observations, deterministic=False)
+            actions, _ = model.predict(observations, deterministic=deterministic)
             observations, _, dones, infos = env.step(actions)
             # A row that is done goes on with another text, which is of no interest here.
             texts |= {row: infos[row] for row in np.flatnonzero(dones).tolist() if row not in texts}
@@ -274,7 +261,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _continue_file(path: Path | None, rows: list[dict[str, Any]], timesteps: int) -> list[dict[str, Any]]:
+def continue_file(path: Path | None, rows: list[dict[str, Any]], timesteps: int) -> list[dict[str, Any]]:
     """The rows that a run going on at ``timesteps`` follows upon; the file then holds just these.
 
     Rows after that step belong to a future that did not happen: the model was restored from before them.

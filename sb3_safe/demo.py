@@ -16,8 +16,8 @@ import torch as th
 from textgen_env.gold import gold_reward
 from transformers.utils import logging
 
-from sb3_safe import SAFE, GymVecEnv
-from sb3_safe.callbacks import Infos, SampleCallback, StabilityCallback, episode_columns, write_texts
+from sb3_safe import SAFE, GymVecEnv, SampleCallback, StabilityCallback
+from sb3_safe.callbacks import Infos, episode_columns, write_texts
 from sb3_safe.report import write_report
 
 ENV_ID = "TextGenEnv-v0"

@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sb3_safe import environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
+from sb3_safe.callbacks import ProgressCallback
 from sb3_safe.controller import KLController, make_controller
 from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
@@ -342,6 +343,12 @@ class SAFE(OnPolicyAlgorithm):
                 self.save(rescue)
                 error.add_note(f"The last good parameters are in the model, and saved to {rescue}")
             raise
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if progress_bar:  # one that shows more than SB3's
+            given = callback if isinstance(callback, BaseCallback | list) else ConvertCallback(callback)
+            callback = [*(given if isinstance(given, list) else [given]), ProgressCallback()]
+        return super()._init_callback(callback)
 
     def _recommended_timesteps(self) -> int:
         specs = self.env.get_attr("spec", indices=[0]) if self.env is not None else [None]

@@ -1,5 +1,7 @@
+import gc
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,12 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DQN, PPO
+from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from sb3_safe import SAFE, GymVecEnv
-from sb3_safe.callbacks import (
-    SampleCallback,
-    StabilityCallback,
-    episode_columns,
-    read_json_lines,
-    write_json_lines,
-    write_texts,
-)
+from sb3_safe import SAFE, ProgressCallback, StabilityCallback
+from sb3_safe.callbacks import episode_columns, read_json_lines, write_json_lines
 
 ALWAYS = {"timesteps", "seconds", "episodes", "entropy", "update_kl", "explained_variance", "clip_fraction"}
 OF_SAFE = {"critic_gap", "kl", "threshold", "kl_short", "gate", "entropy_floor", "phase"}
@@ -168,64 +164,92 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_any_other_is_an_error(tmp_pat
         read_json_lines(path)
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- progress ----------------------------------------------------------------------------------------------------------
 
 
-def vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in completions]
+@pytest.fixture
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
 
 
-TEXTS = {"reward_model": vowels, "max_new_tokens": 6}
-PROMPTS = ["Review of a museum:", "About this book: The"]
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """The bar as it stands at the end of training, which is what a file gets in place of a terminal."""
+    return capsys.readouterr().out.strip().splitlines()[-1]
 
 
-def text_env(n_texts: int) -> GymVecEnv:
-    return GymVecEnv(gym.make_vec("TextGenEnv-v0", n_texts, vectorization_mode="vector_entry_point", **TEXTS))
+@pytest.mark.usefixtures("wide_terminal")
+def test_progress_shows_steps_rate_reward_kl_and_threshold(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ProgressCallback()
+    model = make(SAFE).learn(2048, callback=callback)  # a rate takes two looks at the clock, a tenth of a second apart
+    reward = np.mean([episode["r"] for episode in model.ep_info_buffer])
+    threshold = model.controller.metrics()["threshold"]
+    line = shown(capsys)
+    assert re.search(r" 2048/2048 0:00:00 [\d,]+ steps/s ", line)
+    assert line.endswith(f"reward {reward:.4g} KL {model.measured_kl:.3f}/{threshold:.3f}")
 
 
-def text_model() -> SAFE:
-    return SAFE("TextGenEnv-v0", n_envs=4, n_steps=8, batch_size=16, n_epochs=1, env_kwargs=TEXTS, seed=0, device="cpu")
+@pytest.mark.usefixtures("wide_terminal")
+@pytest.mark.parametrize(("algorithm", "kwargs"), [(PPO, {}), (SAFE, {"kl_controller": "none"})])
+def test_progress_without_a_kl_controller_shows_the_reward(
+    algorithm: type[Any], kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = ProgressCallback()
+    model = make(algorithm, **kwargs).learn(256, callback=callback)
+    reward = np.mean([episode["r"] for episode in model.ep_info_buffer])
+    assert shown(capsys).endswith(f"steps/s reward {reward:.4g}")
 
 
-def test_rows_of_a_text_run_tell_of_its_texts_and_of_what_is_asked_for(tmp_path: Path) -> None:
-    seen: list[str] = []
-
-    def letters(infos: Any) -> dict[str, float]:
-        seen.extend(info["completion"] for info in infos)
-        return {"letters": float(np.mean([len(info["completion"]) for info in infos]))}
-
-    callback = StabilityCallback(tmp_path, extra=letters)
-    text_model().learn(64, callback=callback)
-    rows = rows_of(tmp_path)
-    assert [row["timesteps"] for row in rows] == [32, 64]
-    for row in rows:
-        assert ALWAYS | OF_SAFE | {"stop_share", "distinct_2", "letters", "part/vowels"} <= set(row)
-        assert row["part/vowels"] == pytest.approx(row["reward"])
-    assert sum(row["letters"] * row["episodes"] for row in rows) == pytest.approx(sum(map(len, seen)))
+@pytest.mark.usefixtures("wide_terminal")
+def test_progress_without_a_threshold_shows_the_kl(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ProgressCallback()
+    model = make(SAFE, kl_controller="fixed").learn(256, callback=callback)
+    assert shown(capsys).endswith(f" KL {model.measured_kl:.3f}")
 
 
-def test_samples_are_written_on_the_same_prompts_and_do_not_disturb_training(tmp_path: Path) -> None:
-    recorder, sampler = Recorder(), SampleCallback(text_env(2), PROMPTS, every=2, folder=tmp_path)
-    # One after the other, since both draw from torch's generator.
-    alone = text_model().learn(96)
-    watched = text_model()
-    watched.set_logger(Logger(None, [recorder]))
-    watched.learn(96, callback=sampler)
-    assert [sample["timesteps"] for sample in sampler.samples] == [0, 0, 64, 64, 96, 96]
-    assert [sample["prompt"] for sample in sampler.samples] == PROMPTS * 3
-    assert read_json_lines(tmp_path / "samples.jsonl") == sampler.samples
-    assert PROMPTS[0] in recorder.dumps[0]["samples/texts"]
+@pytest.mark.usefixtures("wide_terminal")
+def test_progress_of_a_run_that_goes_on_counts_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ProgressCallback()
+    model = make(PPO).learn(128)
+    model.learn(256, callback=callback, reset_num_timesteps=False)
+    assert " 256/256 " in shown(capsys)
+
+
+@pytest.mark.usefixtures("wide_terminal")
+@pytest.mark.parametrize("form", ["none", "function", "callback", "list"])
+def test_the_progress_bar_of_safe_shows_the_kl_beside_every_form_of_callback(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    witness = Witness()
+    forms = {"none": None, "function": lambda *_: calls.append(1) or True, "callback": witness, "list": [witness]}
+    make(SAFE).learn(256, callback=forms[form], progress_bar=True)
+    assert re.search(r" 256/256 .* KL \d\.\d{3}/\d\.\d{3}$", shown(capsys))
+    assert len(calls) == (256 if form == "function" else 0)
+    assert len(witness.entropies) == (2 if form in ("callback", "list") else 0)
+
+
+def test_progress_does_not_change_training() -> None:
+    alone, watched = make(SAFE).learn(256), make(SAFE).learn(256, callback=ProgressCallback())
     for one, other in zip(alone.policy.parameters(), watched.policy.parameters(), strict=True):
         assert th.equal(one, other)
 
 
-def test_texts_depend_on_the_seed_alone() -> None:
-    model = text_model()
-    first, again, other = (write_texts(model, text_env(3), seed=seed) for seed in (5, 5, 6))
-    assert [text["completion"] for text in first] == [text["completion"] for text in again]
-    assert [text["completion"] for text in first] != [text["completion"] for text in other]
+def test_an_interrupted_run_gives_back_the_terminal() -> None:
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            raise KeyboardInterrupt
+
+    callback = ProgressCallback()
+    with pytest.raises(KeyboardInterrupt):
+        make(PPO).learn(128, callback=[callback, Interrupt()])
+    bar = callback.pbar
+    assert not bar.disable
+    del callback
+    gc.collect()
+    assert bar.disable
 
 
-def test_samples_need_a_positive_interval() -> None:
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        SampleCallback(text_env(1), every=0)
+def test_progress_without_rich_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sb3_callbacks, "tqdm", None)
+    with pytest.raises(ImportError, match="tqdm and rich"):
+        ProgressCallback()

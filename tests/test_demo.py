@@ -52,7 +52,8 @@ def test_the_policy_has_no_divergence_from_itself_and_the_measure_agrees_with_th
         log_pi, log_ref = (
             lm(input_ids=ids).logits.double().detach().numpy()[0] for lm in (model.policy.lm, model.policy.reference)
         )
-        eos, early = model.policy.eos_token_id, start - 1  # the end token may not come first (min_new_tokens = 1)
+        # The end token may not come first (min_new_tokens = 1).
+        eos, early = model.policy.distribution.eos_token_id, start - 1
         for logits in (log_pi, log_ref):
             logits[early, eos] = -np.inf
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -26,6 +26,7 @@ PAGES = {
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {
     ("README.md", "needs the Hugging Face hub and a GPU"),
+    ("docs/large-models.md", "needs the Hugging Face hub and a GPU"),
     ("docs/quickstart.md", "needs the Hugging Face hub"),
 }
 MAX_ROLLOUTS = 1
@@ -132,6 +133,16 @@ def test_every_logged_key_is_in_the_log_reference_and_the_other_way_round() -> N
         (SAFE("MlpPolicy", "Pendulum-v1", n_steps=256, clip_range_vf=0.2, n_epochs=1), None),
         (SAFE("CartPole-v1", kl_controller="adaptive", **small), None),
         (SAFE("TextGenEnv-v0", n_envs=4, env_kwargs={"max_new_tokens": 4}, **small), SampleCallback(GymVecEnv(texts))),
+        (
+            SAFE(
+                "TextGenEnv-v0",
+                n_envs=4,
+                env_kwargs={"max_new_tokens": 4, "model_kwargs": {"dtype": "bfloat16"}},
+                policy_kwargs={"lora": {"r": 2}},
+                **small,
+            ),
+            None,
+        ),
     ):
         model.set_logger(Logger(None, [keys]))
         model.learn(3 * model.n_steps * model.n_envs, callback=callback)
