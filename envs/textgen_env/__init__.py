@@ -10,12 +10,12 @@ import gymnasium
 
 if TYPE_CHECKING:
     from textgen_env.env import TextGenEnv, TextGenVectorEnv
-    from textgen_env.rewards import RewardModel
+    from textgen_env.reward_model import RewardModel
 
 __all__ = ["RewardModel", "TextGenEnv", "TextGenVectorEnv"]
 
 _HOMES = {
-    "RewardModel": "textgen_env.rewards",
+    "RewardModel": "textgen_env.reward_model",
     "TextGenEnv": "textgen_env.env",
     "TextGenVectorEnv": "textgen_env.env",
 }

@@ -13,9 +13,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from textgen_env.prompts import Deck, LongPrompts, Prompt, PromptReader
+from textgen_env.dialogue import Dialogue, Reply
+from textgen_env.prompts import Deck, LongPrompts, Prompt, PromptFormat, PromptReader
 from textgen_env.rewards import EMBEDDED_REWARD_MODEL, make_reward
 from textgen_env.rows import Observation, TextRows
+from textgen_env.stopping import StopStrings
+from textgen_env.transcripts import Messages, is_transcript
 from textgen_env.vocabulary import load_vocabulary
 
 EMBEDDED_MODEL = "textgen_env:assets/lm"
@@ -26,10 +29,13 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
     """Writing texts token by token, many at a time.
 
     An observation is a prompt and what has been written after it; an action is the next token; the reward is 0 until
-    the text ends, by eos or after `max_new_tokens`, and then its score. The end is always a termination, never a
-    truncation: the text is scored either way and nothing follows that a value could be bootstrapped from. A row whose
+    the text ends, by an end token or after `max_new_tokens`, and then its score. The end is always a termination, never
+    a truncation: the text is scored either way and nothing follows that a value could be bootstrapped from. A row whose
     text ends begins its next prompt in the same step, and all texts that end at one step are scored in one call of
     each reward function.
+
+    With `reply`, that is how a TURN ends. The environment then appends what `reply` answers, and the policy goes on;
+    `prompt_length` counts all tokens before the turn in progress. The score comes after the last turn.
 
     `metadata["policy"]` and `metadata["policy_kwargs"]` tell an algorithm which language model the texts are for.
 
@@ -42,17 +48,27 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
     :param prompts: strings, message lists, dicts with more columns (handed to reward functions), a dataset, a hub
         dataset's name, or a path to .jsonl, .json or .parquet; None for the embedded prompts. Rows without the column
         `prompt_column` but with `chosen` and `rejected` give what those two begin with.
+    :param prompt_format: `"text"` to leave strings as they are, `"chat"` to make messages of them: of a transcript in
+        the form of Anthropic's HH data its turns, of any other string one message of the user.
     :param prompt_column: the column that holds the prompt.
     :param split: the split of a dataset.
     :param tokenizer: the language model's tokenizer or its name; None to load it from `model`.
     :param reward_tokenizer: the reward model's tokenizer or its name; None to load it from `reward_model`.
     :param pad_token: a token of the vocabulary to pad with, for tokenizers that have no pad token.
     :param max_prompt_tokens: the longest prompt allowed; None for the longest there is.
-    :param max_new_tokens: tokens after which a text ends even without eos.
-    :param min_new_tokens: published for the policy, which must not choose eos earlier; an eos that comes earlier all
-        the same ends the text.
-    :param missing_eos_penalty: subtracted from the score of a text that ends without eos, in units of the reward.
+    :param n_samples: texts per prompt that is drawn, begun one after the other.
+    :param max_new_tokens: tokens after which a turn ends even without an end token.
+    :param min_new_tokens: tokens of a turn before which the policy must not choose eos; published for it. An eos that
+        comes earlier all the same ends the turn.
+    :param stop_strings: strings that end a turn; the completion that is scored ends before them.
+    :param missing_eos_penalty: subtracted from the score of a text that ends by `max_new_tokens`, in units of the
+        reward.
     :param long_prompts: `"error"`, `"truncate"` (cut on the left) or `"skip"`.
+    :param reply: what a user or a tool answers, `f(prompts, completions, turns, **columns) -> list[str | None]`, asked
+        of all turns that end at one step; None ends a conversation.
+    :param max_turns: turns of the policy, with `reply`.
+    :param max_reply_tokens: the most tokens that an answer may have, marks of the chat template included.
+    :param reward_column: the logit that is the score, for reward models with several.
     :param reward_batch_size: texts per forward pass of a reward model.
     :param reward_device: where a reward model that is loaded here runs; `"auto"` for a GPU where there is one.
     :param reward_model_kwargs: arguments of the reward model's `from_pretrained` (dtype, trust_remote_code, ...).
@@ -72,42 +88,66 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         reward_model: Any = EMBEDDED_REWARD_MODEL,
         reward_weights: Sequence[float] | None = None,
         prompts: Any = None,
+        prompt_format: PromptFormat = "text",
         prompt_column: str = "prompt",
         split: str = "train",
         tokenizer: Any = None,
         reward_tokenizer: Any = None,
         pad_token: str | None = None,
         max_prompt_tokens: int | None = None,
+        n_samples: int = 1,
         max_new_tokens: int = 32,
         min_new_tokens: int = 1,
+        stop_strings: Sequence[str] = (),
         missing_eos_penalty: float = 0.0,
         long_prompts: LongPrompts = "error",
+        reply: Reply | None = None,
+        max_turns: int = 1,
+        max_reply_tokens: int = 64,
+        reward_column: int | None = None,
         reward_batch_size: int = 32,
         reward_device: str = "auto",
         reward_model_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs} must be at least 1")
         if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
             raise ValueError(
                 f"min_new_tokens={min_new_tokens} and max_new_tokens={max_new_tokens} must satisfy "
                 "0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1"
             )
+        at_least_one = {"num_envs": num_envs, "n_samples": n_samples, "max_prompt_tokens": max_prompt_tokens}
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if reply is None and max_turns != 1:
+            raise ValueError(f"max_turns={max_turns} needs reply=..., a function that answers between turns")
         vocabulary = load_vocabulary(model, tokenizer, pad_token, model_kwargs)
-        reader = PromptReader(vocabulary, prompt_column, max_prompt_tokens, long_prompts)
+        stops = StopStrings(stop_strings, vocabulary.tokenizer)
+        dialogue = None if reply is None else Dialogue(reply, max_turns, max_reply_tokens, vocabulary.tokenizer)
+        reader = PromptReader(vocabulary, prompt_column, max_prompt_tokens, long_prompts, prompt_format)
         self._prompts = reader.read(prompts, split)
         longest = max(len(prompt.ids) for prompt in self._prompts) if max_prompt_tokens is None else max_prompt_tokens
-        length = longest + max_new_tokens
+        room = max_turns * max_new_tokens + (max_turns - 1) * max_reply_tokens
+        length = longest + room
         if vocabulary.context is not None and length > vocabulary.context:
+            turns = f" (x {max_turns}) + max_reply_tokens={max_reply_tokens} (x {max_turns - 1})" if dialogue else ""
             raise ValueError(
-                f"max_prompt_tokens={longest} + max_new_tokens={max_new_tokens} exceed the {vocabulary.context} "
+                f"max_prompt_tokens={longest} + max_new_tokens={max_new_tokens}{turns} exceed the {vocabulary.context} "
                 f"positions of model={model!r}: lower one of them"
             )
+        if dialogue is not None:
+            dialogue.check(self._prompts)
         reward = make_reward(
-            reward_model, reward_weights, reward_tokenizer, reward_batch_size, reward_device, reward_model_kwargs
+            reward_model,
+            reward_weights,
+            reward_tokenizer,
+            reward_batch_size,
+            reward_device,
+            reward_model_kwargs,
+            reward_column,
         )
+        reward.check(_longest_of_each_kind(self._prompts), room)
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.tokenizer = vocabulary.tokenizer
@@ -115,10 +155,12 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         self.prompts_truncated, self.prompts_skipped = reader.truncated, reader.skipped
         # Prompts given to `reset` must fit the room that there now is, and none of them can be left out.
         self._forced = PromptReader(
-            vocabulary, prompt_column, longest, "error" if long_prompts == "skip" else long_prompts
+            vocabulary, prompt_column, longest, "error" if long_prompts == "skip" else long_prompts, prompt_format
         )
-        self._deck = Deck(len(self._prompts))
-        self._rows = TextRows(num_envs, vocabulary, reward, longest, max_new_tokens, missing_eos_penalty)
+        self._deck = Deck(len(self._prompts), n_samples)
+        self._rows = TextRows(
+            num_envs, length, vocabulary, reward, max_new_tokens, missing_eos_penalty, stops, dialogue
+        )
         self.single_observation_space = Dict(
             input_ids=Box(0, vocabulary.size - 1, (length,), np.int64),
             length=Box(0, length, (1,), np.int64),
@@ -252,6 +294,17 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
         """The prompt and the text so far, in mode `"ansi"`."""
         texts = self._vector.render()
         return texts[0] if texts else None
+
+
+def _longest_of_each_kind(prompts: Sequence[Prompt]) -> list[str | Messages]:
+    """The longest prompt among chats, transcripts, and other strings."""
+    longest: dict[str, Prompt] = {}
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        if isinstance(prompt.value, str):
+            longest["transcript" if is_transcript(prompt.value) else "text"] = prompt
+        else:
+            longest["chat"] = prompt
+    return [prompt.value for prompt in longest.values()]
 
 
 def _first_row(observation: Observation) -> Observation:

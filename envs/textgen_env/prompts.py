@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from textgen_env.loading import blaming
 from textgen_env.resolve import resolve
+from textgen_env.transcripts import Messages, is_transcript, messages_of
 from textgen_env.vocabulary import Vocabulary
 
 EMBEDDED_PROMPTS = "textgen_env:assets/prompts.jsonl"
 #: Arguments of reward functions that a column of the data cannot be called.
-RESERVED = frozenset({"prompts", "completions", "completion_ids"})
+RESERVED = frozenset({"prompts", "completions", "completion_ids", "turns"})
 
-Messages = list[dict[str, Any]]
 LongPrompts = Literal["error", "truncate", "skip"]
+PromptFormat = Literal["text", "chat"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,17 +50,30 @@ class PromptReader:
     :param column: the key under which a row holds its prompt.
     :param max_tokens: the longest prompt allowed; None for no bound.
     :param long_prompts: what happens to longer ones. `"truncate"` keeps the END of a prompt, since that is what the
-        model continues, and shows reward functions the text that is left (chat messages are shown whole).
-    :raises ValueError: an unknown `long_prompts`.
+        model continues (and its first token if the tokenizer begins every text with it), and shows reward functions
+        the text that is left (chat messages are shown whole).
+    :param prompt_format: `"text"` leaves strings as they are; `"chat"` makes messages of them: of a transcript its
+        turns, of any other string one message of the user.
+    :raises ValueError: an unknown `long_prompts` or `prompt_format`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, column: str, max_tokens: int | None, long_prompts: LongPrompts) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        column: str,
+        max_tokens: int | None,
+        long_prompts: LongPrompts,
+        prompt_format: PromptFormat = "text",
+    ) -> None:
         if long_prompts not in ("error", "truncate", "skip"):
             raise ValueError(f"long_prompts={long_prompts!r} must be 'error', 'truncate' or 'skip'")
+        if prompt_format not in ("text", "chat"):
+            raise ValueError(f"prompt_format={prompt_format!r} must be 'text' or 'chat'")
         self._tokenizer = vocabulary.tokenizer
         self._column = column
         self._max_tokens = max_tokens
         self._long_prompts = long_prompts
+        self._prompt_format = prompt_format
         self.truncated = 0
         self.skipped = 0
 
@@ -87,8 +102,8 @@ class PromptReader:
                     self.skipped += 1
                     continue
                 self.truncated += 1
-                ids = ids[-self._max_tokens :]
-                value = self._tokenizer.decode(ids) if isinstance(value, str) else value
+                ids, text = self._truncate(ids)
+                value = text if isinstance(value, str) else value
             columns = {key: item for key, item in row.items() if key != self._column}
             prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), columns))
         if self.truncated or self.skipped:
@@ -110,7 +125,9 @@ class PromptReader:
         else:
             raise ValueError(f"prompts[{index}] has no column prompt_column={self._column!r}; there are {sorted(row)}")
         if isinstance(value, str):
-            return value
+            if self._prompt_format == "text":
+                return value
+            return messages_of(value) if is_transcript(value) else [{"role": "user", "content": value}]
         if _is_chat(value):
             chat: Messages = value
             return chat
@@ -118,33 +135,52 @@ class PromptReader:
             f"prompts[{index}] is neither a string nor a list of messages with 'role' and 'content': {value!r}"
         )
 
+    def _truncate(self, ids: list[int]) -> tuple[list[int], str]:
+        """The last of a prompt's tokens, and their text; a token that begins every text stays."""
+        assert self._max_tokens is not None
+        begin = 1 if ids[0] == self._tokenizer.bos_token_id else 0
+        rest = ids[len(ids) - (self._max_tokens - begin) :]
+        return ids[:begin] + rest, self._tokenizer.decode(rest)
+
     def _tokenise(self, values: Sequence[str | Messages]) -> list[list[int]]:
         """Token ids of each prompt; texts get the tokenizer's special tokens, chats their template's."""
         chats = [index for index, value in enumerate(values) if not isinstance(value, str)]
         if chats and not self._tokenizer.chat_template:
             raise ValueError(
                 f"prompts[{chats[0]}] is a list of messages but the tokenizer has no chat template: set "
-                "tokenizer.chat_template and pass tokenizer=..., or give prompts as strings"
+                "tokenizer.chat_template and pass tokenizer=..., or give prompts as strings and prompt_format='text'"
             )
         ids: list[list[int]] = [[] for _ in values]
         texts = [index for index, value in enumerate(values) if isinstance(value, str)]
         if texts:
-            for index, row in zip(texts, self._tokenizer([values[i] for i in texts])["input_ids"], strict=True):
+            for index, row in zip(
+                texts, self._tokenizer([values[i] for i in texts], verbose=False)["input_ids"], strict=True
+            ):
                 ids[index] = row
         if chats:
-            rendered = self._tokenizer.apply_chat_template(
-                [values[i] for i in chats], tokenize=False, add_generation_prompt=True
-            )
-            for index, row in zip(chats, self._tokenizer(rendered, add_special_tokens=False)["input_ids"], strict=True):
+            try:
+                rendered = self._tokenizer.apply_chat_template(
+                    [values[i] for i in chats], tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template may raise anything
+                raise ValueError(f"prompts: the tokenizer's chat template refuses their messages: {error}") from error
+            for index, row in zip(
+                chats, self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"], strict=True
+            ):
                 ids[index] = row
         return ids
 
 
 class Deck:
-    """Draws the numbers 0 to size - 1 in shuffled epochs: each comes once before any comes again."""
+    """Draws the numbers 0 to size - 1 in shuffled epochs: each comes once before any comes again.
 
-    def __init__(self, size: int) -> None:
+    :param size: how many numbers there are.
+    :param repeats: how many times in a row each is drawn.
+    """
+
+    def __init__(self, size: int, repeats: int = 1) -> None:
         self._size = size
+        self._repeats = repeats
         self._left: list[int] = []
 
     def shuffle(self) -> None:
@@ -154,7 +190,7 @@ class Deck:
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
         """The next `count` numbers."""
         while len(self._left) < count:
-            self._left = rng.permutation(self._size).tolist() + self._left
+            self._left = np.repeat(rng.permutation(self._size), self._repeats).tolist() + self._left
         return [self._left.pop() for _ in range(count)]
 
 
@@ -187,37 +223,43 @@ def _rows_of_name(name: str, column: str, split: str) -> Any:
     if path.suffix in {".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv"} and not path.is_file():
         raise FileNotFoundError(f"prompts={name!r}: there is no such file")
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8") as lines, blaming("prompts", name):
             return [json.loads(line) for line in lines if line.strip()]
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
+        with blaming("prompts", name):
+            return json.loads(path.read_text(encoding="utf-8"))
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"prompts={name!r}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet")
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"prompts={name!r} needs the `datasets` package: pip install datasets") from error
-    if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(path))
-    return datasets.load_dataset(name, split=split)
+    with blaming("prompts", name):
+        if path.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(path))
+        return datasets.load_dataset(name, split=split)
 
 
 def shared_prompt(chosen: str | Messages, rejected: str | Messages) -> str | Messages:
     """The prompt of a preference pair: what both sides begin with.
 
-    Of texts in the form of Anthropic's HH data, only as far as the last `Assistant:` of it, since two answers may
-    begin alike.
+    Of transcripts only as far as the last `Assistant:` of it, since two answers may begin alike; where there is none,
+    as far as the last one of `chosen`.
     """
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-        common = "".join(letter for letter, _ in same)
-        turn = common.rfind("\n\nAssistant:")
-        return common if turn < 0 else common[: turn + len("\n\nAssistant:")]
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    return [dict(message) for message, _ in pairs]  # type: ignore[arg-type]
+    # Prefixes are equal up to some length and unequal from there on.
+    same = bisect_left(range(min(len(chosen), len(rejected))), True, key=lambda n: chosen[: n + 1] != rejected[: n + 1])
+    if not isinstance(chosen, str):
+        return [dict(message) for message in chosen[:same]]
+    answer = "\n\nAssistant:"
+    turn = chosen.rfind(answer, 0, same)
+    if turn < 0:
+        turn = chosen.rfind(answer)
+    return chosen[:same] if turn < 0 else chosen[: turn + len(answer)]
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
     )

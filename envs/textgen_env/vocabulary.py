@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
+from textgen_env.loading import blaming, file_arguments, load_tokenizer
 from textgen_env.resolve import resolve
-
-#: The loading arguments that say WHICH files are meant; the others (dtype, device_map, ...) concern weights only.
-FILE_ARGUMENTS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class Vocabulary(NamedTuple):
@@ -18,7 +17,8 @@ class Vocabulary(NamedTuple):
 
     :param tokenizer: the tokenizer; it may know fewer tokens than `size`, since embeddings are often padded.
     :param size: number of rows of the model's embedding, hence of actions.
-    :param eos_id: the token that ends a text.
+    :param eos_id: the tokenizer's end token.
+    :param end_ids: all tokens that end a text: the end token, and those at which the model's `generate` stops too.
     :param pad_id: the token that fills observations.
     :param context: the most positions that the model takes, None where its configuration does not say.
     """
@@ -26,13 +26,9 @@ class Vocabulary(NamedTuple):
     tokenizer: Any
     size: int
     eos_id: int
+    end_ids: tuple[int, ...]
     pad_id: int
     context: int | None
-
-
-def file_arguments(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The part of `from_pretrained` arguments that configurations and tokenizers take too."""
-    return {key: value for key, value in (model_kwargs or {}).items() if key in FILE_ARGUMENTS}
 
 
 def load_vocabulary(
@@ -44,12 +40,12 @@ def load_vocabulary(
     :param tokenizer: a tokenizer, its name, or None for the model's own.
     :param pad_token: a token of the vocabulary to pad with, where the tokenizer has none.
     :param model_kwargs: arguments of the model's `from_pretrained`.
-    :raises ValueError: no eos token, no pad token, or a tokenizer with more tokens than the model has embeddings.
+    :raises ValueError: files that are missing or broken, code of the model's own that is not allowed, no causal
+        language model, no eos token, no pad token, or a tokenizer with more tokens than the model has embeddings.
     """
-    arguments = file_arguments(model_kwargs)
-    config = AutoConfig.from_pretrained(resolve(model), **arguments).get_text_config()
+    config = _load_config(model, model_kwargs)
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer or model), **arguments)
+        tokenizer = load_tokenizer(tokenizer, "tokenizer", model, "model", model_kwargs)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer of {model!r} has no eos token, so a text could never end: set one, as in "
@@ -69,29 +65,58 @@ def load_vocabulary(
             f"vocabulary mismatch: tokenizer knows {len(tokenizer)} tokens but model={model!r} has embeddings "
             f"for {config.vocab_size}; pass the model's own tokenizer"
         )
+    eos_id = int(tokenizer.eos_token_id)
     return Vocabulary(
         tokenizer=tokenizer,
         size=int(config.vocab_size),
-        eos_id=int(tokenizer.eos_token_id),
+        eos_id=eos_id,
+        end_ids=tuple(sorted({eos_id} | _generation_ends(model, model_kwargs))),
         pad_id=int(tokenizer.pad_token_id),
         context=getattr(config, "max_position_embeddings", None),
     )
 
 
-def decode_completions(tokenizer: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[str]:
-    """The texts of completions without special tokens, such that prompt text + completion text reads as one.
+def decode_completions(
+    tokenizer: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_special_tokens: bool = True
+) -> list[str]:
+    """The texts of completions, such that prompt text + completion text reads as one.
 
     Decoded as the rest of the whole: tokenizers that mark spaces at the start of words (SentencePiece) drop the
     space of a completion that is decoded alone.
 
-    :param prompts: token ids of each prompt.
+    :param prompts: token ids of each prompt, or of its end.
     :param completions: token ids of each completion.
+    :param skip_special_tokens: leave them out of the text.
     """
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    starts = tokenizer.batch_decode(list(prompts), **plain)
-    texts = tokenizer.batch_decode(whole, **plain)
+    arguments = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    starts = tokenizer.batch_decode(list(prompts), **arguments)
+    texts = tokenizer.batch_decode(whole, **arguments)
     return [
-        text[len(start) :] if text.startswith(start) else tokenizer.decode(completion, **plain)
+        text[len(start) :] if text.startswith(start) else tokenizer.decode(completion, **arguments)
         for text, start, completion in zip(texts, starts, completions, strict=True)
     ]
+
+
+def _load_config(model: str, model_kwargs: Mapping[str, Any] | None) -> Any:
+    """The configuration of a causal language model."""
+    with blaming("model", model, "model_kwargs"):
+        arguments = file_arguments(model_kwargs)
+        config = AutoConfig.from_pretrained(resolve(model), **arguments)
+        if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            # Not allowed to run that code, transformers would put a class of its own in its place, weights or not.
+            own = [name for name in config.architectures or [] if not hasattr(transformers, name)]
+            if own and not arguments["trust_remote_code"]:
+                raise ValueError(f"{own[0]} is code of its own, which needs trust_remote_code")
+        elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+            raise ValueError(f"it is no causal language model: its configuration is a {type(config).__name__}")
+        return config.get_text_config()
+
+
+def _generation_ends(model: str, model_kwargs: Mapping[str, Any] | None) -> set[int]:
+    """The tokens at which `generate` ends a text: chat models often have one for a turn beside the eos token."""
+    try:
+        ends = GenerationConfig.from_pretrained(resolve(model), **file_arguments(model_kwargs)).eos_token_id
+    except OSError:  # most models have no such file
+        return set()
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

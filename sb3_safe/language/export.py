@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from textgen_env.loading import file_arguments
 from textgen_env.resolve import resolve
-from textgen_env.vocabulary import file_arguments
 from transformers import AutoTokenizer
 
 from sb3_safe.language.adapters import Adapters

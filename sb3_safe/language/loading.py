@@ -4,8 +4,8 @@ import inspect
 from typing import Any
 
 import torch as th
+from textgen_env.loading import blaming, file_arguments
 from textgen_env.resolve import resolve
-from textgen_env.vocabulary import file_arguments
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,11 +18,11 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
         precision and trained in full).
     :raises ValueError: it cannot be loaded, is not a causal language model, or keeps no keys and values.
     """
-    try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(resolve(model), **({"dtype": th.float32} | kwargs))
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if kwargs.get("trust_remote_code") else _remote_code_hint(error)
-        raise ValueError(f"model={model!r} cannot be loaded as a causal language model: {error}{hint}") from error
+    arguments = {"dtype": th.float32, "trust_remote_code": False} | kwargs
+    with blaming("model", model, "model_kwargs"):
+        lm, found = AutoModelForCausalLM.from_pretrained(resolve(model), output_loading_info=True, **arguments)
+        if found["missing_keys"]:
+            raise ValueError(f"it is not a causal language model: its checkpoint lacks {sorted(found['missing_keys'])}")
     accepted = inspect.signature(lm.base_model.forward).parameters
     missing = {"past_key_values", "position_ids", "use_cache"} - accepted.keys()
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
@@ -35,12 +35,6 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     # Dropout would make log-probabilities of training and rollout differ for the same weights.
     silence_dropout(lm)
     return lm.eval()  # type: ignore[no-any-return]
-
-
-def _remote_code_hint(error: Exception) -> str:
-    if "trust_remote_code" not in str(error):
-        return ""
-    return ". If you trust its code, pass env_kwargs={'model_kwargs': {'trust_remote_code': True}}"
 
 
 def silence_dropout(lm: nn.Module) -> None:

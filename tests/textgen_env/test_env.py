@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -217,6 +220,31 @@ def test_every_prompt_comes_once_before_any_comes_again() -> None:
     assert sorted(seen[:5]) == sorted(seen[5:]) == sorted(prompts)
 
 
+def test_each_prompt_is_given_to_several_texts_one_after_the_other() -> None:
+    prompts = [f"Hotel review: The {word}" for word in ("room", "bed", "pool", "view", "lobby")]
+    envs = vector_env(3, prompts=prompts, n_samples=4)
+    observation, _ = envs.reset(seed=0)
+    begun = [row[: row.index(0)] if 0 in row else row for row in observation["input_ids"].tolist()]
+    rng = np.random.default_rng(0)
+    while len(begun) < 80:
+        observation, _, terminations, _, _ = envs.step(np.where(rng.random(3) < 0.3, EOS, WORD))
+        begun += [row[: row.index(0)] for row in observation["input_ids"][terminations].tolist()]
+    groups = np.array([envs.tokenizer.decode(ids) for ids in begun[:80]]).reshape(20, 4)
+    assert (groups == groups[:, :1]).all()
+    for epoch in groups[:, 0].reshape(4, 5):
+        assert sorted(epoch) == sorted(prompts)
+
+
+def test_each_prompt_is_given_to_several_texts_of_a_single_environment_too() -> None:
+    env = single_env(prompts=["Hotel review:", "Phone review:"], n_samples=2)
+    seen = []
+    for episode in range(8):
+        env.reset(seed=0 if episode == 0 else None)
+        seen.append(env.step(np.int64(EOS))[4]["prompt"])
+    assert seen[::2] == seen[1::2]
+    assert set(seen[:4]) == set(seen[4:]) == {"Hotel review:", "Phone review:"}
+
+
 def test_reset_options_force_the_prompts_and_count_them() -> None:
     envs = vector_env(2)
     observation, _ = envs.reset(options={"prompts": ["Hotel review:", {"prompt": "Phone review:", "extra": 1}]})
@@ -262,6 +290,8 @@ def test_actions_of_wrong_shape_or_outside_the_vocabulary_are_refused(actions: l
     ("arguments", "message"),
     [
         ({"num_envs": 0}, "num_envs=0"),
+        ({"n_samples": 0}, "n_samples=0"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens=0"),
         ({"max_new_tokens": 0, "min_new_tokens": 0}, "max_new_tokens=0"),
         ({"min_new_tokens": 9}, "min_new_tokens=9"),
         ({"max_new_tokens": 120}, "max_prompt_tokens=.* max_new_tokens=120 exceed the 128 positions"),
@@ -311,3 +341,10 @@ def test_embeddings_larger_than_the_tokenizer_widen_the_action_space(tmp_path: A
     envs.step(np.array([1099, 1050]))
     *_, infos = envs.step(np.array([1099, EOS]))
     assert infos["final_info"]["completion"].tolist() == ["", ""]
+
+
+def test_every_argument_is_explained_in_the_docs() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text = "".join((docs / page).read_text(encoding="utf-8") for page in ("text-environment.md", "multi-turn.md"))
+    arguments = set(inspect.signature(TextGenVectorEnv.__init__).parameters) - {"self", "num_envs"}
+    assert {name for name in arguments if not re.search(rf"[`\"]{name}\b", text)} == set()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import pytest
 from textgen_env.prompts import Deck, Prompt, PromptReader, shared_prompt
 from textgen_env.vocabulary import load_vocabulary
 
+from tests.textgen_env import checkpoints
+from tests.textgen_env.checkpoints import HH_MESSAGES, HH_PROMPT
+
 CHAT = [{"role": "user", "content": "Review of a hotel:"}]
 
 
 def read(source: Any, column: str = "prompt", max_tokens: int | None = None, **arguments: Any) -> list[Prompt]:
     tokenizer = arguments.pop("tokenizer", None)
     vocabulary = load_vocabulary("textgen_env:assets/lm", tokenizer)
-    return PromptReader(vocabulary, column, max_tokens, arguments.pop("long_prompts", "error")).read(
-        source, **arguments
-    )
+    settings = [
+        arguments.pop(name, default) for name, default in (("long_prompts", "error"), ("prompt_format", "text"))
+    ]
+    return PromptReader(vocabulary, column, max_tokens, *settings).read(source, **arguments)
 
 
 def test_strings_are_tokenised_as_they_are(tokenizer: Any) -> None:
@@ -72,9 +77,69 @@ def test_preference_data_without_prompts_gives_what_both_sides_share() -> None:
     start = "\n\nHuman: hi\n\nAssistant:"
     assert shared_prompt(start + " I am well", start + " I am not") == start
     assert shared_prompt("Hotel review: good", "Hotel review: bad") == "Hotel review: "
+    assert shared_prompt(start + " well", start.replace("hi", "ho") + " well") == start
+    assert shared_prompt(start + " well", start + " well") == start
     answers = [[*CHAT, {"role": "assistant", "content": word}] for word in ("good", "bad")]
     assert shared_prompt(*answers) == CHAT
     assert read([{"chosen": start + " yes", "rejected": start + " no"}])[0].value == start
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_preference_data_in_files_becomes_texts_or_chats(suffix: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pairs = [{"chosen": HH_PROMPT + " yes", "rejected": HH_PROMPT + " no\n\nHuman: why"}] * 2
+    file = tmp_path / f"pairs.{suffix}"
+    if suffix == "parquet":
+        datasets.Dataset.from_list(pairs).to_parquet(str(file))
+    else:
+        file.write_text("\n".join(map(json.dumps, pairs)))
+    tokenizer = checkpoints.chatml_tokenizer()
+    (text, _) = read(str(file), tokenizer=tokenizer)
+    (chat, _) = read(str(file), tokenizer=tokenizer, prompt_format="chat")
+    assert (text.value, chat.value) == (HH_PROMPT, HH_MESSAGES)
+    assert tokenizer.decode(text.ids) == HH_PROMPT
+    assert tokenizer.decode(chat.ids) == tokenizer.apply_chat_template(
+        HH_MESSAGES, tokenize=False, add_generation_prompt=True
+    )
+    assert text.columns["chosen"] == HH_PROMPT + " yes"
+
+
+def test_in_chat_format_other_strings_are_the_users_and_messages_stay_as_they_are(tokenizer: Any) -> None:
+    tokenizer.chat_template = checkpoints.CHATML
+    prompts = read(["Hotel review:", "\n\nHuman: half a transcript", CHAT], tokenizer=tokenizer, prompt_format="chat")
+    assert [prompt.value[0]["content"] for prompt in prompts] == [
+        "Hotel review:",
+        "\n\nHuman: half a transcript",
+        "Review of a hotel:",
+    ]
+    with pytest.raises(ValueError, match="prompt_format='messages' must be 'text' or 'chat'"):
+        read(["Hotel review:"], prompt_format="messages")
+
+
+def test_a_chat_that_its_template_refuses_is_an_error_that_says_so() -> None:
+    tokenizer = checkpoints.gemma_tokenizer()
+    with pytest.raises(ValueError, match=r"prompts: the tokenizer's chat template refuses .*must alternate"):
+        read([[*CHAT, *CHAT]], tokenizer=tokenizer)
+
+
+def test_thousands_of_preference_pairs_take_seconds() -> None:
+    word = "The room was good and the lobby was fine. "
+    pairs = [
+        {"chosen": prompt + " yes" + word, "rejected": prompt + " no" + word}
+        for prompt in (f"\n\nHuman: {number} {word * (number % 50)}\n\nAssistant:" for number in range(5_000))
+    ]
+    start = time.process_time()
+    assert len(read(pairs)) == 5_000
+    assert time.process_time() - start < 10
+
+
+def test_truncation_keeps_the_token_that_begins_every_text() -> None:
+    tokenizer = checkpoints.llama3_tokenizer()
+    ids = tokenizer("what is a cat")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    (prompt,) = read(["what is a cat"], tokenizer=tokenizer, max_tokens=3, long_prompts="truncate")
+    assert prompt.ids.tolist() == [ids[0], *ids[-2:]]
+    assert prompt.value == tokenizer.decode(ids[-2:])
 
 
 def test_truncation_keeps_the_end_and_shows_what_is_left(tokenizer: Any) -> None:
@@ -100,6 +165,8 @@ def test_skipping_leaves_long_prompts_out_and_counts_them() -> None:
     [
         ([], "prompts is empty"),
         (["Hotel review:", ""], r"prompts\[1\] is empty"),
+        ([[]], r"prompts\[0\] is neither a string nor a list of messages"),
+        ([{"prompt": "Hotel review:", "turns": 1}], "rename the columns"),
         ([{"text": "Hotel review:", "n": 1}], r"no column prompt_column='prompt'; there are \['n', 'text'\]"),
         (["Hotel review: " * 9], r"prompts\[0\] has \d+ tokens, more than max_prompt_tokens=8"),
         ([3], r"prompts\[0\] is neither a string nor a list of messages"),
@@ -124,6 +191,21 @@ def test_unknown_and_missing_files_are_named(tmp_path: Path) -> None:
         read("textgen_env:assets/nothing.jsonl")
 
 
+def test_broken_files_and_unknown_datasets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    for suffix in ("jsonl", "json", "parquet"):
+        (tmp_path / f"rows.{suffix}").write_text('{"prompt": ')
+        with pytest.raises(ValueError, match=rf"prompts=.*rows.{suffix}' cannot be loaded: "):
+            read(tmp_path / f"rows.{suffix}")
+
+    def load_dataset(name: str, split: str) -> Any:
+        raise ValueError(f"Unknown split {split!r}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"prompts='someone/prompts' cannot be loaded: Unknown split 'tset'"):
+        read("someone/prompts", split="tset")
+
+
 def test_messages_need_a_chat_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
@@ -136,3 +218,11 @@ def test_a_deck_deals_every_number_once_per_epoch_across_uneven_draws() -> None:
     dealt = [number for count in (3, 4, 8) for number in deck.draw(count, rng)]
     for epoch in range(3):
         assert sorted(dealt[5 * epoch : 5 * epoch + 5]) == list(range(5))
+
+
+def test_a_deck_deals_each_number_several_times_in_a_row_whatever_the_draws() -> None:
+    deck = Deck(4, repeats=3)
+    rng = np.random.default_rng(0)
+    dealt = np.reshape([number for count in (1, 5, 7, 11) for number in deck.draw(count, rng)], (8, 3))
+    assert (dealt == dealt[:, :1]).all()
+    assert sorted(dealt[:4, 0]) == sorted(dealt[4:, 0]) == [0, 1, 2, 3]

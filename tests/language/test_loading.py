@@ -1,0 +1,73 @@
+"""Loading language models: what goes through, and what is refused with a reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch as th
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, Qwen2Config, Qwen2ForSequenceClassification
+
+from sb3_safe.language.loading import checkpoint_layers, load_language_model, model_size
+
+from .conftest import make_config
+
+
+def test_a_size_is_counted_without_loading(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    lm = load_language_model(checkpoints["qwen2"])
+    assert model_size(checkpoints["qwen2"]) == sum(parameter.numel() for parameter in lm.parameters())
+    # The shape of Qwen2.5-3B, of which there is only a configuration.
+    Qwen2Config(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert model_size(str(tmp_path)) == pytest.approx(3.09e9, rel=0.01)
+
+
+def test_shards_precision_and_attention_go_through(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(make_config("llama")).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    lm = load_language_model(str(tmp_path))
+    assert lm.dtype == th.float32
+    other = load_language_model(str(tmp_path), dtype=th.bfloat16, attn_implementation="eager")
+    assert other.dtype == th.bfloat16
+    assert other.config._attn_implementation == "eager"
+
+
+def test_dropout_is_silent_even_in_training_mode(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path))
+    ids = th.arange(10)[None]
+    assert not lm.training
+    quiet = lm(ids).logits
+    checkpoint_layers(lm)
+    assert th.equal(lm.train()(ids, use_cache=False).logits, quiet)
+
+
+def test_an_architecture_without_keys_and_values_is_refused(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.* is not supported"):
+        load_language_model(str(tmp_path))
+
+
+def test_a_checkpoint_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    config = make_config("qwen2", num_labels=1)
+    config.tie_word_embeddings = False
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not a causal language model.*lm_head"):
+        load_language_model(str(tmp_path))
+
+
+def test_code_that_comes_with_a_model_is_not_run_unasked(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    config = json.loads(Path(checkpoints["qwen2"], "config.json").read_text())
+    classes = {"AutoConfig": "other.OtherConfig", "AutoModelForCausalLM": "other.OtherForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": classes, "model_type": "other"}))
+    (tmp_path / "other.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ValueError, match=r"(?s)model=.*model_kwargs=\{'trust_remote_code': True\}"):
+        load_language_model(str(tmp_path))
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model='/no/such/folder' cannot be loaded"):
+        load_language_model("/no/such/folder")
