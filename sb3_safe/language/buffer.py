@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples
 
-PACKED_WIDTH = 64
+PACKED_WIDTH = 128
 
 Indices = NDArray[np.int64]
 

@@ -21,6 +21,7 @@ from sb3_safe.language.buffer import SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
 from sb3_safe.language.loading import checkpoint_layers, load_language_model
+from sb3_safe.language.onednn import accelerate
 from sb3_safe.language.slots import SlotCache, additive
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
@@ -147,6 +148,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         self.rollout_is_approximate = lm.dtype != th.float32
         self._init_critics(n_critics, soft_min_alpha)
         self.heads = nn.ModuleList([ValueHead(config.hidden_size) for _ in range(n_critics)])
+        accelerate(self)
         self.target_heads: nn.ModuleList | None = None
         self.reference: Any = None
         self._slots: SlotCache | None = None

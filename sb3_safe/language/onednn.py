@@ -1,0 +1,75 @@
+"""Linear layers by oneDNN, on processors where PyTorch's default is half as fast.
+
+PyTorch multiplies float32 matrices on CPUs by MKL, which leaves the AVX-512 units of AMD's processors alone; oneDNN,
+which PyTorch ships as well, uses them.
+"""
+
+import functools
+import platform
+import types
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Whether this is such a processor, and this PyTorch has both libraries.
+
+    Told by the vendor's name, not by a race: the same seed must give the same bits in every run.
+    """
+    name = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
+    both = th.backends.mkl.is_available() and th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return "AuthenticAMD" in name and both and hasattr(th.ops.mkldnn, "_linear_pointwise")
+
+
+def accelerate(module: nn.Module) -> None:
+    """Let linear layers compute by oneDNN where that is faster: in float32, on the CPU.
+
+    :param module: its layers are changed in place; parameters and names stay.
+    """
+    if is_faster():
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+
+
+def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    fits = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == th.float32
+    if not fits or inputs.dim() < 2 or inputs.numel() == 0 or th.is_autocast_enabled("cpu"):
+        return linear(inputs, weight, bias)
+    if th.is_grad_enabled():
+        return _Linear.apply(inputs, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _product(inputs, weight, bias)
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs weight' + bias``."""
+    return th.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Linear(th.autograd.Function):
+    """The same with a gradient, whose two products are by oneDNN too."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return _product(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        inputs, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.t()) if of_inputs else None,
+            _product(rows.t(), inputs.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
