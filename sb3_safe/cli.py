@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch as th
+
 from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, read_json_lines
+from sb3_safe.presets import preset
 from sb3_safe.report import write_report
 
 
@@ -19,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sb3-safe", description="Tools around SAFE for Stable-Baselines3.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_report(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -59,6 +63,61 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' last names; their paths where two have the same."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _add_plan(commands: Any) -> None:
+    settings = preset("TextGenEnv-v0", {"model": None})
+    parser = commands.add_parser("plan", help="say what training a language model takes in memory, loading nothing")
+    parser.add_argument("--model", required=True, metavar="NAME", help="hub name, folder or package:folder")
+    parser.add_argument("--reward-model", metavar="NAME", help="likewise, a sequence classifier")
+    trained = parser.add_mutually_exclusive_group()
+    trained.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank")
+    trained.add_argument("--full", action="store_true", help="train the model itself, however large")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the model's weights")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="keep no activations within layers")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--memory", metavar="SIZE", help="of that device, as 80GiB; default: what is free on it here")
+    for name, default, meaning in (
+        ("--n-envs", settings["n_envs"], "texts written side by side"),
+        ("--max-prompt-tokens", settings["env_kwargs"]["max_prompt_tokens"], "longest prompt"),
+        ("--max-new-tokens", settings["env_kwargs"]["max_new_tokens"], "longest completion"),
+        ("--micro-batch-size", settings["rollout_buffer_kwargs"]["micro_batch_size"], "tokens trained on at a time"),
+        ("--reward-batch-size", 32, "texts scored at a time"),
+        ("--n-critics", 2, "value heads"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning}; default: %(default)s")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    # Imported on demand: transformers takes seconds.
+    from sb3_safe.language.adapters import lora_arguments
+    from sb3_safe.language.plan import available_memory, check_memory, parse_bytes, plan_memory
+
+    available = available_memory(options.device) if options.memory is None else parse_bytes(options.memory)
+    if options.lora_rank is not None:
+        lora: dict[str, Any] | None = {"r": options.lora_rank, "lora_alpha": options.lora_rank}
+    else:
+        lora = lora_arguments(False if options.full else "auto", options.model, {})
+    on_cpu = options.device == "cpu"
+    plan = plan_memory(
+        options.model,
+        n_envs=options.n_envs,
+        max_length=options.max_prompt_tokens + options.max_new_tokens,
+        micro_batch_size=options.micro_batch_size,
+        lora=lora,
+        dtype=getattr(th, options.dtype or ("float32" if on_cpu or lora is None else "bfloat16")),
+        gradient_checkpointing=options.gradient_checkpointing,
+        n_critics=options.n_critics,
+        reward_model=options.reward_model,
+        reward_batch_size=options.reward_batch_size,
+        reward_dtype=th.float32 if on_cpu else None,
+    )
+    print(plan.table(available))
+    if available is None:
+        print(f"the memory of {options.device} is not known here: pass --memory")
+    else:
+        check_memory(plan, available)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,7 @@ class SAFE(OnPolicyAlgorithm):
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
+        self.policy_class.check_memory(self)
         if self.huber_delta is not None and not self.huber_delta > 0:
             raise ValueError(f"huber_delta must be positive, or None for the squared error, got {self.huber_delta}")
         if not 0 < self.critic_tau <= 1:
@@ -583,7 +584,7 @@ class SAFE(OnPolicyAlgorithm):
         return [parameter.detach().clone() for parameter in self._trainable()]
 
     @th.no_grad()
-    def _set_trainable(self, values: list[Tensor]) -> None:
+    def _set_trainable(self, values: Iterable[Tensor]) -> None:
         for parameter, value in zip(self._trainable(), values, strict=True):
             parameter.copy_(value)
         # Switching modes tells a policy that keeps anything computed from its weights that they have changed.

@@ -5,7 +5,7 @@ by ``max / foreseen`` where the KL grows with the square of the step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch as th
 from torch import Tensor
@@ -29,7 +29,11 @@ def preview_scale(kl: float, kl_before: float, bound: float) -> float:
 
 @th.no_grad()
 def walk_back(
-    start: list[Tensor], end: list[Tensor], place: Callable[[list[Tensor]], None], kl: Callable[[], float], bound: float
+    start: list[Tensor],
+    end: list[Tensor],
+    place: Callable[[Iterable[Tensor]], None],
+    kl: Callable[[], float],
+    bound: float,
 ) -> float:
     """Walk from the new parameters along the line to the old ones until the KL is within the bound.
 
@@ -47,5 +51,5 @@ def walk_back(
             # The old parameters themselves: 0 times an infinite parameter would not be 0.
             place(start)
             return 0.0
-        place([th.lerp(a, b, kept) for a, b in zip(start, end, strict=True)])
+        place(th.lerp(a, b, kept) for a, b in zip(start, end, strict=True))
     return kept

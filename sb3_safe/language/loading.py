@@ -37,6 +37,14 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     return lm.eval()  # type: ignore[no-any-return]
 
 
+def default_dtype(adapted: bool) -> th.dtype:
+    """Of a model whose user has not chosen: float32, but bfloat16 where only adapters are trained and a GPU has it.
+
+    :param adapted: whether it has adapters, which are float32 themselves.
+    """
+    return th.bfloat16 if adapted and th.cuda.is_available() and th.cuda.is_bf16_supported() else th.float32
+
+
 def silence_dropout(lm: nn.Module) -> None:
     """Set every dropout of a model to 0, also where layers are put into training mode for gradient checkpointing."""
     for module in lm.modules():
@@ -61,9 +69,11 @@ def model_size(model: str, **kwargs: Any) -> int:
 
     :param model: as for :func:`load_language_model`.
     :param kwargs: of ``from_pretrained``.
+    :raises ValueError: its configuration cannot be loaded.
     """
     files = file_arguments(kwargs)
-    config = AutoConfig.from_pretrained(resolve(model), **files)
+    with blaming("model", model, "model_kwargs"):
+        config = AutoConfig.from_pretrained(resolve(model), **files)
     with th.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, **{k: v for k, v in files.items() if k.startswith("trust")})
     return sum(parameter.numel() for parameter in skeleton.parameters())

@@ -16,11 +16,11 @@ from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sb3_safe.language.adapters import Adapters, lora_arguments
+from sb3_safe.language.adapters import LORA_FROM, Adapters, lora_arguments
 from sb3_safe.language.buffer import SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
-from sb3_safe.language.loading import checkpoint_layers, load_language_model
+from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
 from sb3_safe.language.onednn import accelerate
 from sb3_safe.language.slots import SlotCache, additive
 from sb3_safe.language.tokens import TokenDistribution, sample
@@ -125,8 +125,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         self.critic_gradient = critic_gradient
         loading = dict(model_kwargs or {})
         adapted = lora_arguments(lora, model, loading)
-        if adapted is not None and th.cuda.is_available() and th.cuda.is_bf16_supported():
-            loading.setdefault("dtype", th.bfloat16)
+        loading.setdefault("dtype", default_dtype(adapted is not None))
         lm: Any = load_language_model(model, **loading)
         self.lm = lm
         config = lm.config.get_text_config()
@@ -164,6 +163,20 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             },
         ]
         self.optimizer = optimizer_class(groups, **self.optimizer_kwargs)
+
+    @classmethod
+    def check_memory(cls, algorithm: Any) -> None:
+        """Refuse a large model that a run with it would not fit in memory; see :mod:`sb3_safe.language.plan`.
+
+        :param algorithm: what will build the policy.
+        :raises ValueError: the message names the arguments to change.
+        """
+        model, kwargs = algorithm.policy_kwargs.get("model"), algorithm.policy_kwargs.get("model_kwargs") or {}
+        # A small model fits, and one with a device map is not on one device.
+        if model is not None and "device_map" not in kwargs and model_size(model, **kwargs) >= LORA_FROM:
+            from sb3_safe.language import plan  # imports this module
+
+            plan.check_run(algorithm)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = {"observation_space": self.observation_space, "action_space": self.action_space}
