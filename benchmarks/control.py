@@ -15,18 +15,14 @@ next seed, so that it may be stopped at any time. `report` reads what is there: 
 import argparse
 import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from control_run import RANDOM_FILE, RESULTS, measure_random_policy
-from control_settings import ALGORITHMS, SETTINGS, VARIANTS, Run, described
+from control_settings import ALGORITHMS, SETTINGS, VARIANTS, described
+from runs import Run, run_missing
 
 from sb3_safe.presets import preset
 
@@ -94,78 +90,11 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
             yield Run(setting, task, algorithm, seed, max(1, round(budget * options.budget_scale)))
 
 
-def result_file(out: Path, run: Run) -> Path:
-    """Where the result of a run is written."""
-    return out / run.setting / run.task / run.algorithm / f"{run.seed}.json"
-
-
-def is_done(path: Path, run: Run) -> bool:
-    """Whether a run has its result.
-
-    :raises ValueError: there is one, of other settings than the run would have now.
-    """
-    if not path.exists():
-        return False
-    result, wanted = json.loads(path.read_text(encoding="utf-8")), described(run)
-    differing = [name for name, value in wanted.items() if result.get(name) != json.loads(json.dumps(value))]
-    if differing:
-        raise ValueError(
-            f"{path} was made with other {', '.join(differing)}; run with --replace, or with another --out"
-        )
-    return True
-
-
 def run_all(options: argparse.Namespace) -> int:
-    """Run what is missing, ``--workers`` at a time; the number of runs that failed."""
-    waiting, skipped = [], 0
-    for run in plan(options):
-        path = result_file(options.out, run)
-        try:
-            if is_done(path, run):
-                skipped += 1
-                continue
-        except ValueError:
-            if not options.replace:
-                raise
-        waiting.append((run, path))
-    print(f"{skipped} runs are done, {len(waiting)} to do", flush=True)
-    deadline = time.monotonic() + (options.time_limit or float("inf"))
-    running: dict[subprocess.Popen[str], tuple[Run, float]] = {}
-    done = failed = 0
-    total = len(waiting)
-
-    def stop(*_: int | FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while waiting or running:
-            late = time.monotonic() > deadline
-            if late and waiting:
-                print(f"time limit: {len(waiting)} runs not started", flush=True)
-                waiting = []
-            while waiting and len(running) < options.workers:
-                run, path = waiting.pop(0)
-                running[start(run, path)] = (run, time.monotonic())
-            time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
-                run, since = running.pop(process)
-                done, failed = done + 1, failed + (process.returncode != 0)
-                outcome = f"{time.monotonic() - since:.0f} s" if process.returncode == 0 else "FAILED"
-                print(f"[{done}/{total}] {run.setting} {run.task} {run.algorithm} {run.seed}: {outcome}", flush=True)
-    finally:
-        for process in running:
-            process.terminate()
-    return failed
-
-
-def start(run: Run, path: Path) -> subprocess.Popen[str]:
-    """A run in a process of its own: one thread, a peak memory that is its own, errors that stop nothing else."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Run what is missing; the number of runs that failed."""
     script = Path(__file__).with_name("control_run.py")
-    command = [sys.executable, "-W", "ignore", str(script), json.dumps(run._asdict()), str(path)]
-    return subprocess.Popen(command, env=os.environ | threads, text=True)
+    limits = (options.workers, options.time_limit, options.replace)
+    return run_missing(plan(options), options.out, script, described, *limits)
 
 
 def write_random_scores() -> None:

@@ -19,7 +19,6 @@ that tasks count alike.
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,10 @@ import numpy as np
 from control_run import RANDOM_FILE
 from control_settings import SETTINGS, VARIANTS
 from numpy.typing import NDArray
+from reporting import Runs, digits, estimate, median, number, prepare_plots, read_results, save, with_interval
 from rl_statistics import FloatArray, interval, iqm, performance_profile, probability_of_improvement
 
 from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
-
-Runs = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
-"""setting -> task -> algorithm -> results of its seeds."""
 
 ORDER = ("safe", "ppo", "ppo-target-kl", "trpo", *VARIANTS)
 COLOURS = {"safe": "tab:red", "ppo": "tab:blue", "ppo-target-kl": "tab:green", "trpo": "tab:purple"}
@@ -41,16 +38,6 @@ SCORES = ("final", "average")
 THRESHOLDS = np.linspace(0.0, 1.2, 61)
 GRID = 100
 CURVE_REPETITIONS = 500
-
-
-def read_results(folder: Path) -> Runs:
-    """All finished runs below a folder that have an episode to judge them by."""
-    runs: Runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for path in sorted(folder.glob("*/*/*/*.json"), key=lambda path: (*path.parts[:-1], int(path.stem))):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if any(value is not None for value in result["curve"]["return"]):
-            runs[result["setting"]][result["task"]][result["algorithm"]].append(result)
-    return runs
 
 
 def filled_curve(result: Mapping[str, Any], random_return: float) -> dict[str, NDArray[np.float64]]:
@@ -95,7 +82,7 @@ def measures(result: Mapping[str, Any], random_return: float) -> dict[str, float
 class Report:
     """Results with what is needed to compare them.
 
-    :param runs: as :func:`read_results` has them.
+    :param runs: as :func:`reporting.read_results` has them.
     :param good: per task, the return that is normalised to 1.
     :param random: per task, the random policy's return, normalised to 0.
     """
@@ -191,33 +178,7 @@ class Report:
         return summary
 
 
-def estimate(scores: Sequence[FloatArray]) -> list[float | None]:
-    """IQM with the ends of its interval."""
-    low, high = interval(iqm, scores)
-    return [digits(float(value)) for value in (iqm(scores), low, high)]
-
-
-def median(values: FloatArray) -> float | None:
-    known = values[np.isfinite(values)]
-    return digits(float(np.median(known))) if known.size else None
-
-
-def digits(value: float) -> float | None:
-    return float(f"{value:.5g}") if math.isfinite(value) else None
-
-
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def with_interval(entry: Sequence[float | None] | None, form: str) -> str:
-    if entry is None or entry[0] is None:
-        return "-"
-    value, low, high = (format(v, form) if v is not None else "?" for v in entry)
-    return f"{value} [{low}, {high}]"
-
-
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def tables(summary: Mapping[str, Any]) -> str:
@@ -366,15 +327,6 @@ def plot_settings(summary: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for suffix in (".svg", ".png"):
-        # No date in the file: a plot that has not changed is no change.
-        figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
-    plt.close(figure)
-
-
 def write_report(folder: Path, good: Mapping[str, float], small: Sequence[str], plots: bool = True) -> str:
     """Write summary.json, tables.md and the plots beside the results.
 
@@ -385,7 +337,7 @@ def write_report(folder: Path, good: Mapping[str, float], small: Sequence[str], 
     :return: what was written, in words.
     """
     random = {task: entry["return"] for task, entry in json.loads(RANDOM_FILE.read_text(encoding="utf-8")).items()}
-    report = Report(read_results(folder), good, random)
+    report = Report(read_results(folder, "return"), good, random)
     summary = report.summary(small)
     # A result of another source than its neighbours is worth knowing of.
     sources = {
@@ -400,10 +352,7 @@ def write_report(folder: Path, good: Mapping[str, float], small: Sequence[str], 
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     (folder / "tables.md").write_text(tables(summary) + stress_table(summary), encoding="utf-8")
     if plots:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        mpl.rcParams["svg.hashsalt"] = "sb3-safe"
+        prepare_plots()
         for setting in report.measures:
             plot_curves(report, setting, folder / f"curves-{setting}")
             for tasks in list(report.groups(setting, small).values())[:1]:

@@ -3,13 +3,8 @@
 Called by control.py, a process a run: ``python benchmarks/control_run.py '{"setting": "tuned", ...}' FILE``.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -17,15 +12,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3
 import torch as th
-from control_settings import ALGORITHMS, SETTINGS, Run, arguments_of, described
+from control_settings import ALGORITHMS, SETTINGS, arguments_of, described
+from runs import Run, is_divergence, peak_mb, short, versions, write_json
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-import sb3_safe
 from sb3_safe import SAFE
 from sb3_safe.buffers import SafeRolloutBuffer
 from sb3_safe.functional import k3
@@ -39,6 +33,10 @@ PARTIAL_SECONDS = 30.0
 BIAS_DECAY = 0.9
 KL_SAMPLE = 1024
 """Actions of a rollout that the KL of its update is measured on."""
+
+PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib")
+SOURCES = ("safe", "functional", "controller", "policies", "buffers")
+"""Modules of sb3_safe that decide a run's outcome."""
 
 # -- stress ------------------------------------------------------------------------------------------------------------
 
@@ -194,23 +192,8 @@ def curve(rollouts: list[dict[str, Any]], max_points: int = MAX_POINTS) -> dict[
             "kept": min(kept) if kept else None,
         }
         for name, value in point.items():
-            columns[name].append(_short(value))
+            columns[name].append(short(value))
     return columns
-
-
-def _short(value: Any) -> float | None:
-    """Six digits are enough, and JSON has no NaN."""
-    if value is None or isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -250,8 +233,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     try:
         model.learn(run.budget, callback=recorder, log_interval=None)
     except (ValueError, FloatingPointError) as error:
-        # SB3's distributions refuse NaN with a ValueError. Any other is a mistake in here, not an outcome.
-        if not re.search(r"invalid values|not finite|infinite|\bnan\b", str(error), re.IGNORECASE):
+        if not is_divergence(error):
             raise
         diverged = str(error).splitlines()[0][:200]
     result = described(run) | {
@@ -261,42 +243,11 @@ def train(run: Run, path: Path) -> dict[str, Any]:
         "cpu_seconds": round(time.process_time() - cpu - recorder.seconds, 2),
         "peak_mb": peak_mb(),
         "curve": curve(recorder.rollouts),
-        "versions": versions(),
+        "versions": versions(PACKAGES, SOURCES),
     }
     write_json(path, result)
     partial.unlink(missing_ok=True)
     return result
-
-
-def peak_mb() -> float | None:
-    """Largest resident memory of this process so far, MiB; None where the system does not tell.
-
-    Not ``getrusage``: its maximum is inherited from the process that started this one.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return round(int(found[1]) / 1024, 1) if found else None
-
-
-def versions() -> dict[str, str]:
-    """Of what a run depends on; of this package also a digest of its source, which changes between releases."""
-    folder, digest = Path(sb3_safe.__file__).parent, hashlib.sha256()
-    for name in ("safe", "functional", "controller", "policies", "buffers"):
-        digest.update((folder / f"{name}.py").read_bytes())
-    return {
-        "python": platform.python_version(),
-        "torch": th.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gym.__version__,
-        "stable_baselines3": stable_baselines3.__version__,
-        "sb3_contrib": importlib.metadata.version("sb3-contrib"),
-        "sb3_safe": sb3_safe.__version__,
-        "sb3_safe_source": digest.hexdigest()[:12],
-        "machine": platform.machine(),
-    }
 
 
 def measure_random_policy(task: str, episodes: int = 20, seed: int = 0) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """What the control benchmark compares: algorithms, stress on their hyperparameters, SAFE's layers; a run by name."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
+from runs import Run
 from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -10,7 +11,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_safe import SAFE, SafeController, TwinCriticPolicy
 from sb3_safe.presets import preset
-from sb3_safe.safe import TAU_BASE
+from sb3_safe.safe import TAU_BASE, Reference
 
 # What PPO and SAFE have in common. A preset's value wins over SB3's default; nothing here is SAFE's own.
 SHARED = (
@@ -85,16 +86,6 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 }
 
 
-class Run(NamedTuple):
-    """What names a run; everything else about it follows."""
-
-    setting: str
-    task: str
-    algorithm: str
-    seed: int
-    budget: int
-
-
 def arguments_of(run: Run) -> dict[str, Any]:
     """Constructor arguments of a run: shared hyperparameters, then the stress on them, then the algorithm's own.
 
@@ -137,8 +128,15 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def safe_defaults() -> dict[str, Any]:
-    """Defaults of SAFE's own arguments, of its controller's and of its policy's."""
+def safe_defaults(
+    policy: type = TwinCriticPolicy, controller: type = SafeController, reference: Reference = "rollout"
+) -> dict[str, Any]:
+    """Defaults of SAFE's own arguments, of its controller's and of its policy's.
+
+    :param policy: class of the policy.
+    :param controller: class of the KL controller.
+    :param reference: what the KL is measured to by default with that policy.
+    """
     shared = inspect.signature(PPO.__init__).parameters
 
     def defaults(function: Any) -> dict[str, Any]:
@@ -146,11 +144,13 @@ def safe_defaults() -> dict[str, Any]:
         return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
 
     own = {name: value for name, value in defaults(SAFE.__init__).items() if name not in shared}
-    policy = {name: defaults(TwinCriticPolicy.__init__).get(name) for name in ("n_critics", "soft_min_alpha")}
-    controller = defaults(SafeController.__init__) | {"tau_base": TAU_BASE["rollout"]}
+    critics = {name: defaults(policy.__init__).get(name) for name in ("n_critics", "soft_min_alpha")}
+    constants = defaults(controller.__init__)
+    if "tau_base" in constants:
+        constants |= {"tau_base": TAU_BASE[reference]}
     omitted = ("n_envs", "env_kwargs")
     kept = {name: value for name, value in own.items() if name not in omitted}
-    return kept | {"defaults": {"policy": policy, "controller": controller, "target_kl": None}}
+    return kept | {"defaults": {"policy": critics, "controller": constants, "target_kl": None}}
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,71 @@
+"""What the reports of several benchmarks share: reading results, estimates with intervals, numbers in tables, plots."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rl_statistics import FloatArray, interval, iqm
+
+Runs = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
+"""setting -> task -> algorithm -> results of its seeds."""
+
+
+def read_results(folder: Path, column: str) -> Runs:
+    """All finished runs below a folder, by seed.
+
+    :param column: of the curve; runs without a value in it have nothing to judge them by, and are left out.
+    """
+    runs: Runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for path in sorted(folder.glob("*/*/*/*.json"), key=lambda path: (*path.parts[:-1], int(path.stem))):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if any(value is not None for value in result["curve"][column]):
+            runs[result["setting"]][result["task"]][result["algorithm"]].append(result)
+    return runs
+
+
+def estimate(scores: Sequence[FloatArray]) -> list[float | None]:
+    """IQM with the ends of its interval."""
+    low, high = interval(iqm, scores)
+    return [digits(float(value)) for value in (iqm(scores), low, high)]
+
+
+def median(values: FloatArray) -> float | None:
+    known = values[np.isfinite(values)]
+    return digits(float(np.median(known))) if known.size else None
+
+
+def digits(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def with_interval(entry: Sequence[float | None] | None, form: str) -> str:
+    if entry is None or entry[0] is None:
+        return "-"
+    value, low, high = (format(v, form) if v is not None else "?" for v in entry)
+    return f"{value} [{low}, {high}]"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def prepare_plots() -> None:
+    """Plots that come out alike wherever they are drawn, without a display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "sb3-safe"
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as SVG and PNG, and close it."""
+    import matplotlib.pyplot as plt
+
+    for suffix in (".svg", ".png"):
+        # No date in the file: a plot that has not changed is no change.
+        figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
+    plt.close(figure)

@@ -1,0 +1,131 @@
+"""RLHF laboratory: does SAFE hold where PPO breaks on language? Three small tasks with a proxy and a gold score.
+
+    python benchmarks/rlhf.py run [--suite tuning|main|ablation|quick] [--tasks ...] [--methods ...] [--settings ...]
+                                  [--seeds 10] [--workers 2] [--time-limit SECONDS]
+    python benchmarks/rlhf.py run --quick
+    python benchmarks/rlhf.py report
+    python benchmarks/rlhf.py start
+
+All methods are one class on one code path, with equal budgets (rlhf_settings.py). SAFE has one default for all tasks;
+the KL coefficient of PPO and the target of its adaptive form are tuned per task, on seeds of their own: first
+`--suite tuning` and `report`, which writes tuned.json, then the other suites.
+
+A run is a process with one thread and writes benchmarks/results/rlhf/<setting>/<task>/<method>/<seed>.json when it ends
+(and a .partial with the curve so far until then). Finished runs are skipped, so `run` goes on where it was stopped; all
+methods of a seed come before the next seed. `report` reads what is there: see rlhf_report.py.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from control_settings import VARIANTS
+from rlhf_run import RESULTS, START_FILE, measure_start
+from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING_SEED, described, resolved, run_of
+from rlhf_tasks import TASKS
+from runs import Run, run_missing
+
+
+class Suite(NamedTuple):
+    """What ``--suite`` stands for."""
+
+    settings: tuple[str, ...]
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int
+
+
+SUITES = {
+    "tuning": Suite(("tuning",), tuple(TASKS), tuple(m for members in FAMILIES.values() for m in members), seeds=2),
+    "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),
+                  ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
+    # Its runs of ppo and safe are those of the main suite.
+    "ablation": Suite(("lr-x3",), ("embedded",),
+                      ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
+    "quick": Suite(("quick",), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=2),
+}  # fmt: skip
+
+
+def plan(options: argparse.Namespace) -> Iterator[Run]:
+    """All runs of a suite in the order in which they are wanted: seed by seed."""
+    suite, tuned = SUITES[options.suite], read_tuned(options.out)
+    tasks, methods = options.tasks or suite.tasks, options.methods or suite.methods
+    for seed in range(options.seeds or suite.seeds):
+        for setting, task, method in itertools.product(options.settings or suite.settings, tasks, methods):
+            first = TUNING_SEED if setting == "tuning" else 0
+            yield run_of(setting, task, resolved(method, task, tuned), first + seed, options.iterations)
+
+
+def read_tuned(out: Path) -> Mapping[str, Mapping[str, str]]:
+    """What tuning found: of the results at hand, else of those that are published."""
+    for folder in (out, RESULTS):
+        if (folder / TUNED_FILE).exists():
+            tuned: dict[str, dict[str, str]] = json.loads((folder / TUNED_FILE).read_text(encoding="utf-8"))
+            return tuned
+    return {}
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """Run what is missing; the number of runs that failed."""
+    script = Path(__file__).with_name("rlhf_run.py")
+    limits = (options.workers, options.time_limit, options.replace)
+    return run_missing(plan(options), options.out, script, described, *limits)
+
+
+def write_start() -> None:
+    """Measure the untrained model on every task, once; the file is kept with the results."""
+    START_FILE.parent.mkdir(parents=True, exist_ok=True)
+    start = {task: measure_start(task) for task in TASKS}
+    START_FILE.write_text(json.dumps(start, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run: Any = commands.add_parser("run", help="train what is missing")
+    run.add_argument("--suite", choices=SUITES, default="main")
+    run.add_argument("--quick", dest="suite", action="store_const", const="quick", help="ten minutes: --suite quick")
+    run.add_argument("--tasks", nargs="+", choices=TASKS, help="default: the suite's")
+    run.add_argument("--methods", nargs="+", choices=(*METHODS, *FAMILIES), help="default: the suite's")
+    run.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: the suite's")
+    run.add_argument("--seeds", type=int, help="default: the suite's")
+    run.add_argument("--iterations", type=int, help="of every run; use another --out with it. Default: the setting's")
+    run.add_argument("--workers", type=int, default=2)
+    run.add_argument("--time-limit", type=float, help="seconds after which no run is started any more")
+    run.add_argument("--replace", action="store_true", help="redo runs that were made with other settings")
+    report = commands.add_parser("report", help="tables, plots, samples, summary.json from what is there")
+    report.add_argument("--no-plots", action="store_true")
+    commands.add_parser("start", help="measure the untrained model again (start.json)")
+    for command in (run, report):
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line's command; an exit code."""
+    options = parse(arguments)
+    if options.command == "start" or not START_FILE.exists():
+        write_start()
+    if options.command == "run":
+        try:
+            return min(run_all(options), 1)
+        except ValueError as error:
+            print(f"rlhf.py: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped; `run` goes on from here", file=sys.stderr)
+            return 130
+    if options.command == "report":
+        from rlhf_report import write_report
+
+        print(write_report(options.out, read_tuned(options.out), plots=not options.no_plots))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""What the RLHF laboratory's results say: tables, samples, summary.json. Called by ``rlhf.py report``.
+
+Everything is computed from the curves in the result files, so a definition that changes needs no new runs. All of
+them, for a run with points (steps t_i, mean gold score g_i and mean reward r_i of the n_i texts that ended since the
+point before):
+
+- final: mean over the texts of the last tenth of training
+- average: mean of r over training time, sum of r_i (t_i - t_{i-1}) / t_last
+- best gold: the highest of the smoothed g_i (mean of 5 points)
+- crashes: sb3_safe.stability.crashes of the smoothed g_i, from within 10 % of the best gain over the untrained model to
+  under half of it; gains within three standard errors of a smoothed point do not count
+- ruined: final gold is lower than the untrained model's by more than three standard errors; a run may be ruined without
+  a crash, where it falls from the start
+- dispersion: sb3_safe.stability.dispersion of r_i, the root mean square of its jumps, less what sampling a few texts
+  explains
+- all others: means over the last tenth of training
+- a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's
+
+``ppo-kl`` and ``ppo-adaptive`` are, on each task, the member of the family with the highest mean final gold in tuning.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from control_settings import VARIANTS
+from reporting import Runs, digits, estimate, median, number, prepare_plots, read_results, with_interval
+from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
+from rlhf_figures import draw
+from rlhf_run import START_FILE
+from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, resolved
+from rlhf_tasks import TASKS
+from runs import write_json
+
+from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
+
+Tuned = Mapping[str, Mapping[str, str]]
+
+ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *VARIANTS, *METHODS)
+SHOWN = ("ppo", "ppo-kl", "safe")
+"""Whose samples are put side by side."""
+LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")
+SIGNIFICANT = 3.0
+"""Standard errors that gains and losses must exceed to count as such."""
+
+
+def filled_curve(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, FloatArray]:
+    """A run's points that have texts; of a run that stopped at NaN, worthless ones until its budget."""
+    columns = {name: np.array(values, dtype=np.float64) for name, values in result["curve"].items()}
+    known = columns["episodes"] > 0
+    columns = {name: column[known] for name, column in columns.items()}
+    if result["diverged"] is not None:
+        last = columns["timesteps"][-1]
+        spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
+        # As many as the smoothing of crashes needs to see the fall.
+        count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
+        rest = {"timesteps": last + spacing * np.arange(1, count + 1), "episodes": np.ones(count),
+                "gold": np.zeros(count), "gold_std": np.zeros(count),
+                "reward": np.full(count, start["reward"]), "reward_std": np.zeros(count)}  # fmt: skip
+        unknown = np.full(count, math.nan)
+        columns = {name: np.concatenate([column, rest.get(name, unknown)]) for name, column in columns.items()}
+    return columns
+
+
+def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of one run; see the top of this file."""
+    curve = filled_curve(result, start)
+    steps, texts = curve["timesteps"], curve["episodes"]
+    late = steps > 0.9 * steps[-1]
+    levels = smooth(curve["gold"])
+    error = start["gold_std"] / math.sqrt(SMOOTHING * float(np.median(texts)))
+    jumps = dispersion(curve["reward"], curve["reward_std"], texts)
+    final = float(np.average(curve["gold"][late], weights=texts[late]))
+    final_error = start["gold_std"] / math.sqrt(float(texts[late].sum()))
+    last = {name: curve[name][late] for name in LAST}
+    return {
+        "final_gold": final,
+        "best_gold": float(levels.max()),
+        "final_reward": float(np.average(curve["reward"][late], weights=texts[late])),
+        "average_reward": float(np.sum(curve["reward"] * np.diff(steps, prepend=0.0)) / steps[-1]),
+        "dispersion_net": jumps.net,
+        "crashes": crashes(levels, start=start["gold"], noise=SIGNIFICANT * error),
+        "ruined": float(final < start["gold"] - SIGNIFICANT * final_error),
+        "diverged": float(result["diverged"] is not None),
+        **{name: float(np.nanmean(x)) if np.isfinite(x).any() else math.nan for name, x in last.items()},
+        "largest_update_kl": float(np.nanmax(curve["update_kl_max"], initial=0.0)),
+        "cpu_seconds": result["cpu_seconds"],
+    }
+
+
+def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+    """The best member of every family that was tuned completely, and what tuning showed.
+
+    :return: task -> family -> method, and task -> method -> mean final gold and number of seeds.
+    """
+    best: dict[str, dict[str, str]] = {}
+    table: dict[str, Any] = {}
+    for task, methods in runs.get("tuning", {}).items():
+        gold = {m: [measures(result, start[task])["final_gold"] for result in rs] for m, rs in methods.items()}
+        means = {m: float(np.mean(values)) for m, values in gold.items()}
+        table[task] = {m: {"final_gold": digits(means[m]), "seeds": len(gold[m])} for m in sorted(gold, key=_order)}
+        complete = {family: members for family, members in FAMILIES.items() if set(members) <= set(means)}
+        best[task] = {family: max(members, key=lambda m: means[m]) for family, members in complete.items()}
+    return best, table
+
+
+def _order(method: str) -> int:
+    return ORDER.index(method)
+
+
+class Report:
+    """Results with what is needed to compare them.
+
+    :param runs: as :func:`reporting.read_results` has them.
+    :param start: figures of the untrained model, by task.
+    :param tuned: task -> family -> method.
+    """
+
+    def __init__(self, runs: Runs, start: Mapping[str, Any], tuned: Tuned) -> None:
+        self.start, self.tuned = start, tuned
+        settings = [name for name in SETTINGS if name in runs and name != "tuning"]
+        self.runs: Runs = {
+            setting: {
+                task: self._labelled(task, runs[setting][task]) for task in TASKS if task in runs[setting]
+            }
+            for setting in settings
+        }  # fmt: skip
+        self.measures = {
+            setting: {
+                task: {name: [measures(result, start[task]) for result in rs] for name, rs in methods.items()}
+                for task, methods in tasks.items()
+            }
+            for setting, tasks in self.runs.items()
+        }
+
+    def _labelled(self, task: str, methods: Mapping[str, Any]) -> dict[str, Any]:
+        """Results by method, the member of a family that is tuned to the task by the family's name."""
+        names = {resolved(family, task, self.tuned): family for family in FAMILIES}
+        labelled = {names.get(method, method): results for method, results in methods.items()}
+        return {name: labelled[name] for name in sorted(labelled, key=_order)}
+
+    def column(self, setting: str, task: str, method: str, name: str) -> FloatArray:
+        """One figure of all runs."""
+        return np.array([run[name] for run in self.measures[setting][task][method]], dtype=np.float64)
+
+    def row(self, setting: str, tasks: Sequence[str], method: str) -> dict[str, Any]:
+        """Figures of a method on one task, or over several: as many seeds of each, so that tasks count alike."""
+        count = min(len(self.measures[setting][task][method]) for task in tasks)
+
+        def columns(name: str, method: str = method) -> list[FloatArray]:
+            return [self.column(setting, task, method, name)[:count] for task in tasks]
+
+        row: dict[str, Any] = {"seeds": count}
+        for name in ("final_gold", "average_reward", "final_reward"):
+            row[name] = estimate(columns(name))
+        if method != "safe" and all("safe" in self.measures[setting][task] for task in tasks):
+            pair = [self.column(setting, task, "safe", "final_gold") for task in tasks], columns("final_gold")
+            ends = interval(probability_of_improvement, *pair)
+            row["safe_is_better"] = [digits(float(v)) for v in (probability_of_improvement(*pair), *ends)]
+        fallen = np.concatenate(columns("crashes"))
+        row |= {"crashes": int(fallen.sum()), "crashed_runs": int((fallen > 0).sum())}
+        row |= {name: int(np.concatenate(columns(name)).sum()) for name in ("ruined", "diverged")}
+        for name in ("best_gold", "dispersion_net", "largest_update_kl", "cpu_seconds", *LAST):
+            known = [column[np.isfinite(column)] for column in columns(name)]
+            row[name] = median(np.concatenate(known)) if len(tasks) == 1 else None
+            if len(tasks) > 1 and all(map(len, known)):
+                row[name] = digits(float(iqm(known)))
+        return row
+
+    def summary(self) -> dict[str, Any]:
+        """Everything the tables show, as JSON: setting -> task or "all tasks" -> method -> figures."""
+        summary: dict[str, Any] = {}
+        for setting, by_task in self.measures.items():
+            tasks = {task: {m: self.row(setting, [task], m) for m in methods} for task, methods in by_task.items()}
+            if len(by_task) > 1:
+                common = [m for m in next(iter(by_task.values())) if all(m in methods for methods in by_task.values())]
+                tasks["all tasks"] = {m: self.row(setting, list(by_task), m) for m in common}
+            summary[setting] = tasks
+        return summary
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("seeds", "seeds", "d"), ("final gold", "final_gold", ".2f"), ("P(SAFE better)", "safe_is_better", ".2f"),
+    ("best gold", "best_gold", ".2f"), ("crashes", "crashes", "d"), ("crashed runs", "crashed_runs", "d"),
+    ("ruined runs", "ruined", "d"),
+    ("NaN", "diverged", "d"), ("final reward", "final_reward", ".2f"), ("average reward", "average_reward", ".2f"),
+    ("dispersion, net", "dispersion_net", ".3f"), ("KL per text", "kl_per_text", ".1f"), ("entropy", "entropy", ".2f"),
+    ("distinct-2", "distinct_2", ".2f"), ("tokens", "length", ".1f"), ("ended", "stop_share", ".2f"),
+    ("explained variance", "explained_variance", ".2f"), ("critic gap", "critic_gap", ".3f"),
+    ("largest KL of an update", "largest_update_kl", ".2g"), ("CPU s", "cpu_seconds", ".0f"),
+)  # fmt: skip
+
+
+def _cell(value: Any, form: str) -> str:
+    return with_interval(value, form) if isinstance(value, list) or value is None else number(value, form)
+
+
+def tables(summary: Mapping[str, Any], tuning: Mapping[str, Any], start: Mapping[str, Any], tuned: Tuned) -> str:
+    """The summary as Markdown."""
+    lines = ["# RLHF laboratory", "", "Made by `python benchmarks/rlhf.py report`; definitions in"
+             " `benchmarks/README.md`. IQM with 95 % stratified bootstrap intervals."]  # fmt: skip
+    for setting, tasks in summary.items():
+        for task, rows in tasks.items():
+            lines += ["", f"## {setting}: {task}", ""]
+            if task in start:
+                members = ", ".join(resolved(family, task, tuned) for family in FAMILIES)
+                lines += [f"Untrained: gold {start[task]['gold']:.2f}, reward {start[task]['reward']:.2f},"
+                          f" {start[task]['length']:.1f} tokens. Tuned: {members}.", ""]  # fmt: skip
+            lines.append("| method | " + " | ".join(head for head, _, _ in COLUMNS) + " |")
+            lines.append("|---" * (len(COLUMNS) + 1) + "|")
+            for method, row in rows.items():
+                cells = [_cell(row.get(name), form) for _, name, form in COLUMNS]
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    if tuning:
+        lines += ["", "## Tuning: mean final gold (seeds)", "", "| method | " + " | ".join(tuning) + " |"]
+        lines.append("|---" * (len(tuning) + 1) + "|")
+        for method in (member for members in FAMILIES.values() for member in members):
+            found = [rows.get(method) for rows in tuning.values()]
+            cells = ["-" if row is None else f"{row['final_gold']:.3f} ({row['seeds']})" for row in found]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sample_tables(report: Report) -> str:
+    """Texts on the same prompts side by side: the untrained model's, and those of the first seed of each method."""
+    lines = ["# Samples", "", "The last policy of the first seed; after each text (proxy reward, gold score)."]
+    for setting, tasks in report.runs.items():
+        for task, methods in tasks.items():
+            columns = {"untrained": report.start[task]["samples"]}
+            columns |= {name: methods[name][0]["samples"] for name in SHOWN if name in methods}
+            lines += ["", f"## {setting}: {task}", "", "| prompt | " + " | ".join(columns) + " |"]
+            lines.append("|---" * (len(columns) + 1) + "|")
+            texts: dict[str, list[str]] = defaultdict(list)
+            for samples in columns.values():
+                for text in samples or [{"prompt": prompt} for prompt in texts]:
+                    texts[text["prompt"]].append(_shown(text))
+            lines += [f"| {prompt} | " + " | ".join(cells) + " |" for prompt, cells in texts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(text: Mapping[str, Any]) -> str:
+    if "completion" not in text:
+        return "NaN"
+    written = " ".join(text["completion"].split()).replace("|", "\\|")
+    return f"{written} ({text['reward']:.2f}, {text['gold']:.2f})"
+
+
+def write_report(folder: Path, tuned: Tuned, plots: bool = True) -> str:
+    """Write summary.json, tables.md, samples.md, the plots, and tuned.json if there are runs of tuning.
+
+    :param folder: of the results.
+    :param tuned: task -> family -> method, of tasks that have no runs of tuning here.
+    :param plots: whether to draw (needs matplotlib).
+    :return: what was written, in words.
+    """
+    start = json.loads(START_FILE.read_text(encoding="utf-8"))
+    runs = read_results(folder, "gold")
+    best, tuning = tuned_methods(runs, start)
+    tuned = {**tuned, **best}
+    if best:
+        write_json(folder / TUNED_FILE, best)
+    report = Report(runs, start, tuned)
+    summary = report.summary()
+    found = [
+        r for tasks in runs.values() for methods in tasks.values() for results in methods.values() for r in results
+    ]
+    # Results of another source than their neighbours' are worth knowing of.
+    sources = sorted({result["versions"]["sb3_safe_source"] for result in found})
+    text = json.dumps({"sources": sources, "tuning": tuning, "settings": summary}, indent=1)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "tables.md").write_text(tables(summary, tuning, start, tuned), encoding="utf-8")
+    (folder / "samples.md").write_text(sample_tables(report), encoding="utf-8")
+    if plots:
+        prepare_plots()
+        curves = {
+            setting: {
+                task: {name: [filled_curve(result, start[task]) for result in rs] for name, rs in methods.items()}
+                for task, methods in tasks.items()
+            }
+            for setting, tasks in report.runs.items()
+        }
+        draw(curves, start, folder)
+    mixed = f"; they are of {len(sources)} versions of the source" if len(sources) > 1 else ""
+    return f"{len(found)} runs: {folder / 'tables.md'}, {folder / 'summary.json'}{mixed}"

@@ -1,0 +1,134 @@
+"""What the RLHF laboratory compares: methods, learning rates, tasks; the arguments of a run by name.
+
+Every method is one class, SAFE, on one code path. With its layers off it is PPO; the fixed and the adaptive KL in PPO's
+reward are controllers of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from control_settings import VARIANTS, only, plain, safe_defaults
+from runs import Run
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor
+
+from sb3_safe import SAFE
+from sb3_safe.controller import CONTROLLERS
+from sb3_safe.language import LanguagePolicy
+from sb3_safe.policies import Evaluation
+from sb3_safe.presets import preset
+
+ENV_ID = "TextGenEnv-v0"
+# As small an iteration as shows what is studied: 256 tokens, about 17 texts, 4 gradient steps.
+HYPERPARAMETERS = {"n_envs": 16, "n_steps": 16, "batch_size": 128, "learning_rate": 3e-4}
+TOKENS = HYPERPARAMETERS["n_envs"] * HYPERPARAMETERS["n_steps"]
+
+
+class Setting(NamedTuple):
+    """A stress on all methods alike."""
+
+    rate: float = 1.0
+    """In multiples of the tuned learning rate."""
+    iterations: int = 400
+
+
+SETTINGS = {
+    "tuned": Setting(),
+    "lr-x3": Setting(rate=3.0),
+    "lr-x10": Setting(rate=10.0),
+    # On seeds of its own, from TUNING_SEED on.
+    "tuning": Setting(),
+    "quick": Setting(rate=3.0, iterations=150),
+}
+TUNING_SEED = 100
+TUNED_FILE = "tuned.json"
+"""In the folder of the results: the member of each family that is best at each task."""
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+class PublishedPolicy(LanguagePolicy):
+    """Both heads are regressed through their soft-min, which is fitted to the return: no pessimism is left."""
+
+    def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
+        """As the base class, with the soft-min as the only critic ``[B, 1]``."""
+        values, log_prob, entropy = super().evaluate(obs, actions)
+        return Evaluation(self.aggregate(values), log_prob, entropy)
+
+
+class PublishedSAFE(SAFE):
+    """The rule of the code published with the paper, as far as it reaches the weights.
+
+    Its penalty is a number without a gradient, so there is none here either; its preview is never called.
+    """
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        return PublishedPolicy
+
+
+Method = tuple[type[SAFE], dict[str, Any]]
+
+PPO: dict[str, Any] = only()
+COEFFICIENTS = (0.01, 0.02, 0.05, 0.1, 0.2)
+"""Of the KL in PPO's reward, units of reward per nat."""
+TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Of the adaptive coefficient, nats per token."""
+
+
+def kl_in_reward(controller: str, **arguments: float) -> Method:
+    """PPO with the KL to the start in its reward."""
+    kl = {"kl_controller": controller, "kl_controller_kwargs": arguments, "kl_estimator": "k1"}
+    return SAFE, PPO | kl
+
+
+# A family's methods differ in one number, which is tuned per task.
+FAMILIES: dict[str, dict[str, Method]] = {
+    "ppo-kl": {f"ppo-kl-{c:g}": kl_in_reward("fixed", coef=c) for c in COEFFICIENTS},
+    "ppo-adaptive": {f"ppo-adaptive-{t:g}": kl_in_reward("adaptive", target=t) for t in TARGETS},
+}
+UNTUNED = {"ppo-kl": "ppo-kl-0.05", "ppo-adaptive": "ppo-adaptive-0.1"}
+"""What stands for a family until it is tuned."""
+METHODS: dict[str, Method] = {
+    "safe": (SAFE, {}),
+    "ppo": (SAFE, PPO),
+    "ppo-target-kl": (SAFE, PPO | {"target_kl": 0.03}),
+    "published": (PublishedSAFE, {"kl_controller": "none", "max_preview_kl": None}),
+    **FAMILIES["ppo-kl"],
+    **FAMILIES["ppo-adaptive"],
+    **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
+}
+
+
+def resolved(method: str, task: str, tuned: Mapping[str, Mapping[str, str]]) -> str:
+    """A method's name, where a family's stands for the member that is tuned to the task.
+
+    :param tuned: task -> family -> method, as ``rlhf.py report`` writes it.
+    """
+    return tuned.get(task, {}).get(method) or UNTUNED.get(method, method)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def run_of(setting: str, task: str, method: str, seed: int, iterations: int | None = None) -> Run:
+    """A run; ``None``: as many iterations as its setting has."""
+    return Run(setting, task, method, seed, (iterations or SETTINGS[setting].iterations) * TOKENS)
+
+
+def arguments_of(run: Run) -> dict[str, Any]:
+    """Constructor arguments of a run: the preset's, the laboratory's smaller iteration, the method's own."""
+    settings = preset(ENV_ID) | HYPERPARAMETERS
+    del settings["n_timesteps"]
+    _, own = METHODS[run.algorithm]
+    policy_kwargs = settings["policy_kwargs"] | own.get("policy_kwargs", {})
+    rate = settings["learning_rate"] * SETTINGS[run.setting].rate
+    return settings | own | {"learning_rate": rate, "policy_kwargs": policy_kwargs}
+
+
+def described(run: Run) -> dict[str, Any]:
+    """Everything that decides a run's outcome but the code, as JSON: what tells whether a result is still valid."""
+    arguments = arguments_of(run)
+    controller = CONTROLLERS[arguments.get("kl_controller", "safe")]
+    arguments = safe_defaults(LanguagePolicy, controller, "initial") | arguments
+    return {**run._asdict(), "class": METHODS[run.algorithm][0].__name__, "arguments": plain(arguments)}
