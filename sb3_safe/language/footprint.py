@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sb3_safe.language.adapters import Adapters
 from sb3_safe.language.loading import checkpoint_layers
 from sb3_safe.language.policy import ValueHead
-from sb3_safe.language.slots import SlotCache
+from sb3_safe.language.slots import PREFILL_ROWS, SlotCache
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.language.tracing import Allocations, fake, saved_bytes
 
@@ -127,12 +127,13 @@ def prefill_bytes(policy: Blueprint, n_layers: int, rows: int, capacity: int) ->
     model = policy.build(n_layers, adapted=False)  # adapters are merged into the weights
     width = max(capacity - 1, 1)
     memory = Allocations()
+    together = min(rows, PREFILL_ROWS)
     with fake(model), memory, th.no_grad():
         slots = SlotCache(model.config.get_text_config(), rows, capacity, th.device("cpu"))
-        slots.begin_prefill(th.arange(rows))
+        slots.begin_prefill(th.arange(together))
         model.base_model(
-            input_ids=th.zeros(rows, width, dtype=th.long),
-            position_ids=_positions(rows, width),
+            input_ids=th.zeros(together, width, dtype=th.long),
+            position_ids=_positions(together, width),
             past_key_values=slots,
             use_cache=True,
         )

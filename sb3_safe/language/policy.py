@@ -22,7 +22,7 @@ from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
 from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
 from sb3_safe.language.onednn import accelerate
-from sb3_safe.language.slots import SlotCache, additive
+from sb3_safe.language.slots import PREFILL_ROWS, SlotCache, additive
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
 
@@ -268,12 +268,13 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         assert self._decode is not None
         slots, last = self._slots, lengths - 1
         stale = slots.stale_rows(ids, last)
-        width = int(last[stale].max()) if len(stale) > 0 else 0
-        if width > 0:
-            # All but the last token: that one is decoded together with everybody else's. What a shorter text
-            # leaves in its slot beyond its own end is overwritten before anything attends to it.
-            slots.begin_prefill(stale)
-            self._body(self.lm, ids[stale, :width], None, slots)
+        # All but the last token: that one is decoded together with everybody else's. What a shorter text leaves in its
+        # slot beyond its own end is overwritten before anything attends to it.
+        for rows in th.split(stale[last[stale].argsort()], PREFILL_ROWS):
+            width = int(last[rows].max()) if len(rows) > 0 else 0
+            if width > 0:
+                slots.begin_prefill(rows)
+                self._body(self.lm, ids[rows, :width], None, slots)
         hidden = self._decode(ids.gather(1, last.unsqueeze(1)).squeeze(1), last, int(lengths.max()))
         slots.remember(ids, lengths)
         return hidden

@@ -11,6 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+# Texts that are brought into their slots together: of similar length, so that little is padding.
+PREFILL_ROWS = 16
+
+
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, ``[rows, heads, capacity, head_dim]``."""
 
