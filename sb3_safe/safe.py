@@ -34,7 +34,7 @@ from sb3_safe.policies import (
     TwinCriticPolicy,
 )
 from sb3_safe.presets import preset, with_presets
-from sb3_safe.trust_bound import preview_scale, walk_back
+from sb3_safe.trust_bound import preview_scale, surely_within, walk_back
 
 Reference = Literal["initial", "rollout"]
 Estimator = Literal["k1", "k2", "k3", "exact"]
@@ -439,9 +439,9 @@ class SAFE(OnPolicyAlgorithm):
             raise NonFiniteError(describe_steps(log, self.num_timesteps))
         means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
-        last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
-        kept = self._keep_within_bound(start, last_epoch)
+        kept = self._keep_within_bound(start, [parts["approx_kl"] for parts in log])
         if self.kl_reference == "rollout":
+            last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
             self.measured_kl = mean_of_finite(last_epoch) * kept**2
         self._log_update(means, kept)
 
@@ -553,15 +553,13 @@ class SAFE(OnPolicyAlgorithm):
         """Undo as much of the update as takes the policy beyond ``max_preview_kl``.
 
         :param start: trainable parameters before the update.
-        :param kls: KL to the rollout policy in the minibatches of the last epoch, nats per action.
+        :param kls: KL to the rollout policy in the minibatches of the update, nats per action, each before its step.
         :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
         """
-        bound = self.max_preview_kl
-        # One step cannot multiply the distance of all steps before it by four: measure only where it could matter.
-        # A KL of 0 means that there was no step before it, and nothing is known.
-        if bound is None or (len(kls) > 1 and 1e-10 < max(kls) < bound / 16):
+        # Measuring the whole rollout takes as long as a third of an epoch: only where the last step could matter.
+        if self.max_preview_kl is None or surely_within(kls, self.max_preview_kl):
             return 1.0
-        return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, bound)
+        return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, self.max_preview_kl)
 
     @th.no_grad()
     def _whole_batch_kl(self) -> float:

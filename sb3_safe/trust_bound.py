@@ -5,7 +5,8 @@ by ``max / foreseen`` where the KL grows with the square of the step.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch as th
 from torch import Tensor
@@ -25,6 +26,22 @@ def preview_scale(kl: float, kl_before: float, bound: float) -> float:
     distance, distance_before = math.sqrt(max(kl, 0.0)), math.sqrt(max(kl_before, 0.0))
     foreseen = max(distance, 2 * distance - distance_before)  # in this order infinity stays infinity
     return min(1.0, math.sqrt(bound) / foreseen) if foreseen > 0 else 1.0
+
+
+def surely_within(kls: Sequence[float], bound: float) -> bool:
+    """Whether a policy is within the bound after an update, as far as its minibatches can tell.
+
+    They tell the distance before each step, but not after the last one. That is taken to be no longer than twice
+    the largest change of distance from one minibatch to the next.
+
+    :param kls: to the rollout policy in each minibatch of the update, before its step, nats per action.
+    :param bound: nats per action.
+    """
+    distances = [math.sqrt(max(kl, 0.0)) for kl in kls]
+    if len(kls) < 2 or not max(kls) > 1e-10 or not all(map(math.isfinite, distances)):
+        return False  # no step was measured
+    longest = max(abs(after - before) for before, after in pairwise(distances))
+    return (max(distances) + 2 * longest) ** 2 <= bound
 
 
 @th.no_grad()

@@ -209,8 +209,7 @@ def load_classifier(name: str, device: str = "auto", model_kwargs: Mapping[str, 
     with blaming("reward_model", name, "reward_model_kwargs"):
         model, report = _from_pretrained(resolve(name), arguments)
         # transformers only warns, and goes on with a random head.
-        # What an adapter brings along is read after the report was made, in transformers before 5.23.
-        if missing := sorted(name for name in report["missing_keys"] if ".modules_to_save." not in name):
+        if missing := sorted(report["missing_keys"]):
             own_code = "AutoModelForSequenceClassification" in (getattr(model.config, "auto_map", None) or {})
             raise ValueError(
                 f"it is not a reward model: its checkpoint lacks {', '.join(missing[:4])}"

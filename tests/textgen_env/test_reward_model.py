@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from textgen_env import RewardModel, TextGenVectorEnv
 from textgen_env.rewards import make_reward
 from transformers import (
@@ -21,6 +22,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from tests.textgen_env import checkpoints
 from tests.textgen_env.checkpoints import HH_MESSAGES, HH_PROMPT, QUESTION, edit_config
+
+OLD = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
 PROMPTS = ["Hotel review:", "About this film: The", "Phone review: The", "Review of a book:"]
 TEXTS = [" The room was great.", " plot was dull, but the cast was superb. I hated the script.", " case", ""]
@@ -334,6 +337,7 @@ def test_prompts_that_leave_the_reward_model_no_room_are_refused_before_the_firs
         model(["Hotel review:" * 9], [""])
 
 
+@pytest.mark.skipif(OLD, reason="transformers before 5.23 does not load the head that an adapter brings along")
 def test_an_adapter_with_its_head_is_a_reward_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = checkpoints.language_model(tmp_path / "base", "llama")
