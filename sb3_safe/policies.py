@@ -51,6 +51,14 @@ class PessimisticCritics(nn.Module):
     rollout_is_approximate: bool = False
     """Whether training computes other log-probabilities than acting does, which then replace those of the rollout."""
 
+    @classmethod
+    def check_memory(cls, algorithm: Any) -> None:
+        """Refuse to be built where a run is known not to fit in memory; most policies are small and never do.
+
+        :param algorithm: what will build the policy.
+        :raises ValueError: the message names the arguments to change.
+        """
+
     def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics}")
