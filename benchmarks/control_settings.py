@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_safe import SAFE, SafeController, TwinCriticPolicy
 from sb3_safe.presets import preset
-from sb3_safe.safe import TAU_BASE, Reference
+from sb3_safe.safe import CONTROLLER_DEFAULTS, MAX_PREVIEW_KL, Reference
 
 # What PPO and SAFE have in common. A preset's value wins over SB3's default; nothing here is SAFE's own.
 SHARED = (
@@ -147,7 +147,8 @@ def safe_defaults(
     critics = {name: defaults(policy.__init__).get(name) for name in ("n_critics", "soft_min_alpha")}
     constants = defaults(controller.__init__)
     if "tau_base" in constants:
-        constants |= {"tau_base": TAU_BASE[reference]}
+        constants |= CONTROLLER_DEFAULTS[reference]
+    own["max_preview_kl"] = MAX_PREVIEW_KL[reference]
     omitted = ("n_envs", "env_kwargs")
     kept = {name: value for name, value in own.items() if name not in omitted}
     return kept | {"defaults": {"policy": critics, "controller": constants, "target_kl": None}}

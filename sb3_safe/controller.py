@@ -7,7 +7,7 @@ with the model. :class:`SafeController` is the paper's; the others are the usual
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -39,6 +39,10 @@ class KLController:
         :param kl: KL to the reference measured in the minibatch at hand, nats per action.
         """
         return 0.0
+
+    def reward_coefficient(self) -> float:
+        """Coefficient of the KL in the reward, never negative, in units of reward per nat."""
+        return self.coefficient()
 
     def metrics(self) -> dict[str, float]:
         """What to log, by name."""
@@ -99,10 +103,12 @@ class AdaptiveKL(FixedKL):
 class SafeController(KLController):
     """The entropy-gated asymmetric penalty with a moving threshold (layers 2 to 4 of SAFE).
 
-    The penalty is ``c gate tau_base ((s - tau) / tau_base)^2`` above the threshold and nothing below. Its derivative
-    with respect to the KL is the coefficient that multiplies a KL term with a gradient:
+    The penalty is ``c gate tau_base ((s - tau) / tau_base)^2`` above the threshold, and nothing below but a price for
+    every nat. Its derivative with respect to the KL is the coefficient that multiplies a KL term with a gradient:
 
-        ``coefficient = 2 c gate max(0, (s - tau) / tau_base)``,  ``s = max(kl_short, kl of the minibatch)``
+        ``coefficient = price + 2 c gate max(0, (s - tau) / tau_base)``,  ``s = max(kl_short, kl of the minibatch)``
+
+    Where the KL is in the reward, the coefficient is in units of the reward's spread, the largest that was seen.
 
     - **KL trackers**: ``kl_short`` and ``kl_long`` are moving averages that start at the first measurement.
     - **Entropy gate**: ``gate = clip(exp(floor - H), 0.5, 10)``, the ratio of the floor's perplexity to the policy's.
@@ -116,10 +122,12 @@ class SafeController(KLController):
       ``tau_base`` a rollout and up to ``max_threshold`` of it; when reward stagnates it stays on what was earned,
       so drift stops and nothing is pulled back. ``"constant"``: ``tau = tau_base``.
 
-    Defaults are the paper's numbers at the paper's scale (a reward whose spread is 1), but for ``coef``, which
-    the published code multiplies with something that has no gradient, and for the earned threshold.
+    Defaults are the paper's numbers at the paper's scale (a reward whose spread is 1), but for the price and the earned
+    threshold. Against the rollout policy SAFE takes others.
 
-    :param coef: ``c``, strength of the penalty.
+    :param coef: ``c``, strength of the penalty above the threshold.
+    :param price: coefficient of the KL below the threshold, where the paper has none. Against the starting policy a
+        policy for which KL is free spends it on what the reward model overrates.
     :param tau_base: nats per action: 0.3 a token against the starting policy (paper), 0.02 against the rollout policy.
     :param threshold: ``"earned"``, ``"paper"`` or ``"constant"``.
     :param max_step: largest relaxation of the earned threshold per rollout, in units of ``tau_base``.
@@ -155,7 +163,8 @@ class SafeController(KLController):
 
     def __init__(
         self,
-        coef: float = 2.0,
+        coef: float = 0.1,
+        price: float = 0.1,
         tau_base: float = 0.3,
         threshold: Threshold = "earned",
         max_step: float = 1 / 30,
@@ -173,6 +182,7 @@ class SafeController(KLController):
         window: int = 50,
     ) -> None:
         _require(coef >= 0, "coef", coef, "at least 0")
+        _require(price >= 0, "price", price, "at least 0")
         _require(tau_base > 0, "tau_base", tau_base, "positive")
         _require(
             threshold in ("earned", "paper", "constant"), "threshold", threshold, "'earned', 'paper' or 'constant'"
@@ -189,6 +199,7 @@ class SafeController(KLController):
         is_floor = entropy_floor == "auto" or (not isinstance(entropy_floor, str) and math.isfinite(entropy_floor))
         _require(is_floor, "entropy_floor", entropy_floor, "'auto' or a finite number of nats")
         self.coef = coef
+        self.price = price
         self.tau_base = tau_base
         self.threshold_rule = threshold
         self.max_step = max_step
@@ -211,6 +222,7 @@ class SafeController(KLController):
         self.first_reward: float | None = None
         self.reward_ema = 0.0
         self.reward_variance = 0.0
+        self.reward_scale = 0.0
         self.velocity = 0.0
         self.error = 0.0
         self.integral = 0.0
@@ -231,12 +243,16 @@ class SafeController(KLController):
         self._update_threshold(fresh=len(returns) > 0)
 
     def coefficient(self, kl: float = 0.0) -> float:
-        """``2 c gate max(0, (s - tau) / tau_base)``: the derivative of the quadratic penalty.
+        """``price + 2 c gate max(0, (s - tau) / tau_base)``: the derivative of the penalty.
 
         :param kl: KL to the reference in the minibatch at hand, nats per action; negative ones never count.
         """
         excess = (max(self.kl_short, kl) - self.threshold) / self.tau_base
-        return 2.0 * self.coef * self.gate * max(0.0, excess)
+        return self.price + 2.0 * self.coef * self.gate * max(0.0, excess)
+
+    def reward_coefficient(self) -> float:
+        """The same in units of the largest spread of rewards seen: that falls as a policy settles, a price must not."""
+        return self.coefficient() * self.reward_scale
 
     def metrics(self) -> dict[str, float]:
         """See :meth:`KLController.metrics`."""
@@ -282,6 +298,7 @@ class SafeController(KLController):
             before = self.reward_ema
             self.reward_ema = _moving_average(before, reward, self.reward_decay)
             self.velocity = (self.reward_ema - before) / self.spread if self.spread > 0 else 0.0
+        self.reward_scale = max(self.reward_scale, self.spread)
         self.rewards.append(reward)
 
     def _update_pid(self) -> None:
@@ -323,11 +340,13 @@ CONTROLLERS: dict[str, type[KLController]] = {
 }
 
 
-def make_controller(controller: str | type[KLController], tau_base: float, /, **kwargs: Any) -> KLController:
+def make_controller(
+    controller: str | type[KLController], defaults: Mapping[str, Any], /, **kwargs: Any
+) -> KLController:
     """Build a controller from its name or class.
 
     :param controller: one of :data:`CONTROLLERS`, or a subclass of :class:`KLController`.
-    :param tau_base: threshold of a :class:`SafeController` when ``kwargs`` has none, nats per action.
+    :param defaults: arguments of a :class:`SafeController` that ``kwargs`` does not have.
     :param kwargs: arguments of its constructor.
     :raises ValueError: unknown name, or an argument that the controller does not take or accept.
     """
@@ -341,7 +360,7 @@ def make_controller(controller: str | type[KLController], tau_base: float, /, **
             "FixedKL, and its arguments as kl_controller_kwargs"
         )
     if issubclass(controller, SafeController):
-        kwargs.setdefault("tau_base", tau_base)
+        kwargs = {**defaults, **kwargs}
     try:
         return controller(**kwargs)
     except TypeError as error:

@@ -40,9 +40,14 @@ Reference = Literal["initial", "rollout"]
 Estimator = Literal["k1", "k2", "k3", "exact"]
 
 # Which estimators have the right gradient against which reference; the first is the default.
-ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k2", "k3", "exact", "k1"), "rollout": ("k3",)}
-# Nats per action that the policy may be away from its reference unpunished.
-TAU_BASE: dict[Reference, float] = {"initial": 0.3, "rollout": 0.02}
+ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k3", "exact"), "rollout": ("k3",)}
+# The rollout policy is near and always the last one: a penalty against it is a brake, and distance itself has no price.
+CONTROLLER_DEFAULTS: dict[Reference, dict[str, float]] = {
+    "initial": {},
+    "rollout": {"coef": 2.0, "price": 0.0, "tau_base": 0.02},
+}
+# Nats per action. A text has many actions, whose distances add up.
+MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
 RETURN_SCALE_DECAY = 0.9
 
 
@@ -94,10 +99,11 @@ class SAFE(OnPolicyAlgorithm):
     :param kl_reference: what the KL is measured to: ``"initial"``, the policy as it was built or loaded (default for
         text), or ``"rollout"``, the policy that collected the data (default for control, where the initial policy
         is noise).
-    :param kl_estimator: ``"k2"``, ``"k3"`` or ``"exact"`` in the loss, ``"k1"`` in the reward; ``"auto"``: k2 against
+    :param kl_estimator: ``"k2"``, ``"k3"`` or ``"exact"`` in the loss, ``"k1"`` in the reward; ``"auto"``: k1 against
         the initial, k3 against the rollout policy.
     :param max_preview_kl: KL to the rollout policy, nats per action, that no update exceeds: steps that would are
-        shrunk, and if the whole batch is still past it the parameters walk back. ``None``: no bound.
+        shrunk, and if the whole batch is still past it the parameters walk back. ``"auto"``: 0.02 against the initial,
+        0.5 against the rollout policy. ``None``: no bound.
     :param critic_warmup: rollouts at the start whose updates train the critics alone: what a policy would do by the
         advantages of critics that know nothing yet is noise.
     :param n_envs: number of environments, when ``env`` is an id.
@@ -149,7 +155,7 @@ class SAFE(OnPolicyAlgorithm):
         kl_controller_kwargs: dict[str, Any] | None = None,
         kl_reference: Reference | Literal["auto"] = "auto",
         kl_estimator: Estimator | Literal["auto"] = "auto",
-        max_preview_kl: float | None = 0.5,
+        max_preview_kl: float | Literal["auto"] | None = "auto",
         critic_warmup: int = 0,
         n_envs: int = 1,
         env_kwargs: dict[str, Any] | None = None,
@@ -218,7 +224,9 @@ class SAFE(OnPolicyAlgorithm):
         if self.kl_reference not in ESTIMATORS:
             raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {kl_reference!r}")
         self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
-        self.max_preview_kl = max_preview_kl
+        self.max_preview_kl: float | None = (
+            MAX_PREVIEW_KL[self.kl_reference] if max_preview_kl == "auto" else max_preview_kl
+        )
         self.critic_warmup = critic_warmup
         # Made here, not in _setup_model: load() restores attributes between the two.
         self._make_controller()
@@ -245,7 +253,9 @@ class SAFE(OnPolicyAlgorithm):
         return super()._get_policy_from_name(policy_name)
 
     def _make_controller(self) -> None:
-        self.controller = make_controller(self.kl_controller, TAU_BASE[self.kl_reference], **self.kl_controller_kwargs)
+        self.controller = make_controller(
+            self.kl_controller, CONTROLLER_DEFAULTS[self.kl_reference], **self.kl_controller_kwargs
+        )
         # A list, because that is what saving makes of a tuple.
         self._controller_made_of = [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]
 
@@ -395,7 +405,7 @@ class SAFE(OnPolicyAlgorithm):
                 self.logger.record(f"safe/{name}", value)
             self.logger.record("safe/kl", self.measured_kl)
         if needs_reference and self.kl_estimator == "k1":
-            buffer.subtract_from_rewards(controller.coefficient() * log_ratio.cpu().numpy())
+            buffer.subtract_from_rewards(controller.reward_coefficient() * log_ratio.cpu().numpy())
         spread = float(buffer.returns.std())
         if self._n_updates > 0:
             spread = RETURN_SCALE_DECAY * float(policy.return_scale) + (1 - RETURN_SCALE_DECAY) * spread

@@ -119,7 +119,7 @@ def test_the_gate_can_be_switched_off():
 
 
 def constant(**kwargs: Any) -> SafeController:
-    return SafeController(threshold="constant", entropy_gate=False, **kwargs)
+    return SafeController(**({"threshold": "constant", "entropy_gate": False, "price": 0.0} | kwargs))
 
 
 @pytest.mark.parametrize("kl", [-10.0, -0.1, 0.0, 0.1, 0.3])
@@ -156,10 +156,31 @@ def test_the_larger_of_tracked_and_present_kl_counts():
 def test_the_gate_multiplies_the_coefficient():
     coefficients = []
     for floor in (0.0, 1.0):
-        controller = SafeController(threshold="constant", entropy_floor=floor)
+        controller = SafeController(threshold="constant", entropy_floor=floor, price=0.0)
         controller.update([], 1.0, 0.0)
         coefficients.append(controller.coefficient())
     assert coefficients[1] / coefficients[0] == pytest.approx(math.e)
+
+
+def test_below_the_threshold_every_nat_has_its_price():
+    controller = constant(price=0.1, coef=1.0, tau_base=0.5)
+    controller.update([], -0.3, 0.0)
+    assert controller.coefficient(0.0) == controller.coefficient(0.5) == 0.1
+    assert controller.coefficient(0.75) == pytest.approx(0.1 + 1.0)
+
+
+def test_in_the_reward_the_unit_is_the_largest_spread_of_rewards_seen():
+    """A price that fell as the policy settles would let it drift for nothing."""
+    controller = constant(price=0.1)
+    controller.update([], 0.0, 0.0)
+    assert controller.reward_coefficient() == 0.0  # nothing is known of the reward yet
+    controller.update([1.0, -1.0], 0.0, 0.0)
+    assert controller.reward_coefficient() == pytest.approx(0.1)
+    for _ in range(200):
+        controller.update([0.0, 0.0], 0.0, 0.0)
+    assert controller.spread < 0.5
+    assert controller.reward_coefficient() == pytest.approx(0.1)
+    assert FixedKL(0.2).reward_coefficient() == 0.2
 
 
 # -- PID -----------------------------------------------------------------------------------------------------------
@@ -338,6 +359,7 @@ def test_the_scale_and_the_level_of_rewards_do_not_matter(rule: str):
         scaled.update(list(1000 * returns - 1e4), kl, entropy)
         assert scaled.threshold == pytest.approx(plain.threshold, rel=1e-9)
         assert scaled.coefficient() == pytest.approx(plain.coefficient(), rel=1e-6)
+        assert scaled.reward_coefficient() == pytest.approx(1000 * plain.reward_coefficient(), rel=1e-6)
         assert scaled.pid == pytest.approx(plain.pid, rel=1e-6, abs=1e-12)
         assert scaled.phase == plain.phase
         phases.add(plain.phase)
@@ -386,13 +408,13 @@ def test_the_adaptive_coefficient_follows_zieglers_rule():
     ("name", "kind"), [("safe", SafeController), ("fixed", FixedKL), ("adaptive", AdaptiveKL), ("none", NoKL)]
 )
 def test_controllers_are_made_by_name(name: str, kind: type[KLController]):
-    assert type(make_controller(name, 0.1)) is kind
+    assert type(make_controller(name, {"tau_base": 0.1})) is kind
     assert CONTROLLERS[name] is kind
 
 
 def test_a_safe_controller_takes_the_threshold_of_its_reference_unless_told_otherwise():
-    assert make_controller("safe", 0.02).tau_base == 0.02
-    assert make_controller(SafeController, 0.02, tau_base=0.5).tau_base == 0.5
+    assert make_controller("safe", {"tau_base": 0.02}).tau_base == 0.02
+    assert make_controller(SafeController, {"tau_base": 0.02}, tau_base=0.5).tau_base == 0.5
 
 
 def test_a_controller_of_ones_own_is_made_from_its_class():
@@ -400,17 +422,17 @@ def test_a_controller_of_ones_own_is_made_from_its_class():
         def __init__(self, strength: float = 1.0) -> None:
             self.strength = strength
 
-    assert make_controller(Mine, 0.1, strength=3.0).strength == 3.0
+    assert make_controller(Mine, {"tau_base": 0.1}, strength=3.0).strength == 3.0
 
 
 def test_an_unknown_controller_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"kl_controller='pid'.*adaptive.*fixed.*none.*safe"):
-        make_controller("pid", 0.1)
+        make_controller("pid", {"tau_base": 0.1})
 
 
 def test_a_controller_that_is_already_built_is_refused_with_the_fix():
     with pytest.raises(ValueError, match=r"kl_controller.*FixedKL.*kl_controller_kwargs"):
-        make_controller(FixedKL(0.1), 0.1)  # type: ignore[arg-type]
+        make_controller(FixedKL(0.1), {"tau_base": 0.1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -420,6 +442,7 @@ def test_a_controller_that_is_already_built_is_refused_with_the_fix():
         ("safe", {"tau_base": 0.0}),
         ("safe", {"threshold": "pid"}),
         ("safe", {"max_step": -0.1}),
+        ("safe", {"price": -0.1}),
         ("safe", {"max_threshold": 0.5}),
         ("safe", {"kl_short_decay": 1.0}),
         ("safe", {"kl_long_decay": -0.1}),
@@ -434,9 +457,9 @@ def test_a_controller_that_is_already_built_is_refused_with_the_fix():
 )
 def test_an_argument_out_of_range_or_unknown_is_named(name: str, kwargs: dict[str, Any]):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
-        make_controller(name, 0.1, **kwargs)
+        make_controller(name, {"tau_base": 0.1}, **kwargs)
 
 
 def test_a_controller_without_arguments_refuses_them():
     with pytest.raises(ValueError, match="kl_controller_kwargs do not fit NoKL"):
-        make_controller("none", 0.1, coef=1.0)
+        make_controller("none", {"tau_base": 0.1}, coef=1.0)

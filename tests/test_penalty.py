@@ -151,7 +151,10 @@ def test_the_gradient_of_the_penalty_is_the_coefficient_times_that_of_the_kl(
 
 def test_the_safe_controller_punishes_only_beyond_its_threshold():
     model = make(
-        kl_controller_kwargs={"threshold": "constant", "tau_base": 0.1}, kl_reference="initial", learning_rate=1e-2
+        kl_controller_kwargs={"threshold": "constant", "tau_base": 0.1, "coef": 2.0, "price": 0.0},
+        kl_reference="initial",
+        kl_estimator="k2",
+        learning_rate=1e-2,
     )
     model.learn(64)
     batch = one_batch(model)

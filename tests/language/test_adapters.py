@@ -112,7 +112,7 @@ def test_adapters_learn(env_kwargs: dict[str, Any]) -> None:
     rewards: list[float] = []
     model = adapted(
         env_kwargs, n_envs=16, n_steps=16, batch_size=128, n_epochs=4, learning_rate=1e-2, kl_controller="none",
-        policy_kwargs={"lora": {"r": 16}},
+        max_preview_kl=0.5, policy_kwargs={"lora": {"r": 16}},
     )  # fmt: skip
     model.learn(
         16 * 16 * 24, callback=lambda local, _: rewards.extend(i["episode"]["r"] for i in local["infos"] if i) or True
