@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED = $(VENV)/.installed-
 
-.PHONY: help demo test test-slow docs bench-speed bench-language bench-control clean
+.PHONY: help demo test test-slow docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
 
 help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
@@ -22,6 +22,8 @@ help:
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
 	@echo "make bench-control   SAFE against PPO on control tasks: days; goes on where it was stopped (BENCH_ARGS=\"--seeds 1\")"
+	@echo "make bench-rlhf   SAFE against PPO on language: days; goes on where it was stopped"
+	@echo "make bench-rlhf-quick   the same at the highest rates, one seed: a quarter of an hour"
 	@echo "make clean      remove $(VENV) and what was built"
 
 demo: $(INSTALLED)demo
@@ -50,6 +52,17 @@ bench-control: $(INSTALLED)bench
 	$(BIN)/python benchmarks/control.py run --suite stress $(BENCH_ARGS)
 	$(BIN)/python benchmarks/control.py run --suite ablation $(BENCH_ARGS)
 	$(BIN)/python benchmarks/control.py report
+
+bench-rlhf: $(INSTALLED)bench
+	$(BIN)/python benchmarks/rlhf.py run --suite tuning $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report
+	$(BIN)/python benchmarks/rlhf.py run --suite main $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report
+
+bench-rlhf-quick: $(INSTALLED)bench
+	$(BIN)/python benchmarks/rlhf.py run --quick $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report
 
 # SBX in an environment of its own: it brings JAX.
 .venv-sbx/bin/python:

@@ -46,7 +46,7 @@ SUITES = {
     # Its runs of ppo and safe are those of the main suite.
     "ablation": Suite(("lr-x3",), ("embedded",),
                       ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
-    "quick": Suite(("quick",), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=2),
+    "quick": Suite(("quick", "quick-x10"), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=1),
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ SETTINGS = {
     # On seeds of its own, from TUNING_SEED on.
     "tuning": Setting(),
     "quick": Setting(rate=3.0, iterations=150),
+    "quick-x10": Setting(rate=10.0, iterations=150),
 }
 TUNING_SEED = 100
 TUNED_FILE = "tuned.json"

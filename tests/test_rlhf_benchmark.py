@@ -216,7 +216,7 @@ def test_tuning_has_seeds_of_its_own_and_the_other_suites_take_what_it_found(tmp
     assert "ppo-kl-0.2" in {run.algorithm for run in main if run.task == "length"}
     assert "ppo-kl-0.2" not in {run.algorithm for run in main if run.task == "sparse"}
     quick = list(rlhf.plan(rlhf.parse(["run", "--quick", "--out", str(tmp_path)])))
-    assert {run.setting for run in quick} == {"quick"}
+    assert {run.setting for run in quick} == {"quick", "quick-x10"}
 
 
 def test_runs_are_written_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
