@@ -1,167 +1,221 @@
-"""Speed on text: writing against `generate()`, and an update on whole texts against one row per token.
+"""Speed on text: SAFE against `generate()`, the paper's published trainer, TRL's last PPO, and one row per token.
 
-    python benchmarks/language.py [--repeats 5] [--threads 1]
+    python benchmarks/language.py [--sizes 5M 25M 100M] [--repeats 5] [--published DIR] [--trl DIR]
 
-Interleaved, CPU seconds. Results go to benchmarks/results/language.json.
+Models of Qwen2's architecture with random weights, 32 rows, prompts of 32 tokens, up to 64 new ones; all texts equally
+long, or ending at random after 22 tokens on average. One process a contender, one thread each, asked in turns to write
+and train; CPU seconds. Only tokens up to the end token count. Results go to benchmarks/results/language-cpu.json, where
+those of other sizes are kept.
 
-- rollout: tokens per second of a SAFE rollout through the environment (scoring excluded, as `generate()` does not
-  score; values and log-probabilities included, which `generate()` does not give), over those of `model.generate()` on
-  the same prompts, batch and sampling. `generate()` is timed on its best terms: one batch of left-padded prompts, and
-  only tokens up to the end token count for it, as only those count for the rollout.
-- update: tokens per second of one epoch with whole packed texts, over an epoch of the same losses with one padded row
-  per token, which is what an unmodified PPO makes of a text environment.
+The published trainer and TRL are given as folders (see language_peers.py), and left out where they are not.
 """
 
 import argparse
 import json
-import platform
+import os
 import statistics
-import time
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch as th
+from runs import versions
 
-from sb3_safe import SAFE
-from sb3_safe.language import SegmentBuffer
+RESULTS = Path(__file__).parent / "results"
+SIZES = ("5M", "25M", "100M")
+LENGTHS = ("equal", "spread")
+PACKAGES = ("torch", "transformers", "stable-baselines3")
+SOURCES = ("safe", *(f"language/{name}" for name in ("policy", "buffer", "slots", "tokens", "decoding", "onednn")))
+CONTENDERS = ("generate", "safe", "ppo-fixed-kl", "ppo", "row-per-token", "published", "trl")
 
-RESULTS = Path(__file__).parent / "results" / "language.json"
-
-
-def seconds(work: Any) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def rollout_seconds(model: SAFE) -> tuple[float, int]:
-    """CPU seconds and tokens of one rollout, the reward model's time taken out."""
-    rewards = {"seconds": 0.0}
-    rows = model.env.envs._rows
-    score = rows._reward
-
-    def timed(*arguments: Any) -> Any:
-        start = time.process_time()
-        try:
-            return score(*arguments)
-        finally:
-            rewards["seconds"] += time.process_time() - start
-
-    rows._reward = timed
-    callback = model._setup_learn(10**9, reset_num_timesteps=model._last_obs is None)[1]
-    collect = super(SAFE, model).collect_rollouts
-    taken = seconds(lambda: collect(model.env, callback, model.rollout_buffer, model.n_steps))
-    rows._reward = score
-    return taken - rewards["seconds"], model.n_steps * model.n_envs
+Row = dict[str, float]
+Rows = dict[str, list[Row]]
+"""Contender -> measurements, one a repeat."""
 
 
-@th.no_grad()
-def generate_seconds(model: SAFE, prompts: list[list[int]], new_tokens: int) -> tuple[float, int]:
-    """CPU seconds and tokens (up to the end token) of `generate()` on a batch of prompts."""
-    tokenizer = model.env.envs.tokenizer
-    width = max(map(len, prompts))
-    ids = th.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = th.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    written: list[Any] = []
-    taken = seconds(
-        lambda: written.append(
-            model.policy.lm.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )
+def make(contender: str, task: Any, scratch: Path, published: Path | None, trl: Path | None) -> Any:
+    """What a worker measures."""
+    import language_peers
+    import language_safe
+
+    if contender == "generate":
+        return language_peers.Generate(task, scratch)
+    if contender == "published":
+        return language_peers.Published(task, scratch, published)
+    if contender == "trl":
+        return language_peers.Trl(task, scratch, trl)
+    model = task.model(scratch)
+    if contender == "row-per-token":
+        return language_safe.RowPerToken(language_safe.make_safe(task, model))
+    return language_safe.Safe(task, language_safe.make_safe(task, model, contender))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """A worker: measures once for every line that it reads."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # some contenders are talkative
+    import torch as th
+    from language_models import Task
+
+    th.set_num_threads(1)
+    contender, size, lengths = arguments.work
+    measured = make(contender, Task(size, lengths), arguments.scratch, arguments.published, arguments.trl)
+    for _ in sys.stdin:
+        print(json.dumps(measured.measure()), file=answers, flush=True)
+
+
+class Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, contender: str, size: str, lengths: str, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--work", contender, size, lengths]
+        for option in ("scratch", "published", "trl"):
+            value = getattr(arguments, option)
+            command += [f"--{option}", str(value)] if value is not None else []
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
-    )  # fmt: skip
-    new = written[0][:, width:]
-    ended = (new == tokenizer.eos_token_id).long()
-    return taken, int(((ended.cumsum(1) - ended) == 0).sum())
+
+    def measure(self) -> Row:
+        """One measurement.
+
+        :raises RuntimeError: the worker broke down, with the last line that it wrote.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._errors.seek(0)
+            raise RuntimeError(self._errors.read().strip().rpartition("\n")[2])
+        row: Row = json.loads(answer)
+        return row
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
-def epoch_seconds(model: SAFE) -> tuple[float, int]:
-    """CPU seconds and tokens of one epoch on whole texts."""
-    model.n_epochs = 1
-    return seconds(model.train), model.n_steps * model.n_envs
+def measure(size: str, lengths: str, arguments: argparse.Namespace) -> Rows:
+    """All contenders on one task, in turns; the first turn is warm-up."""
+    workers: dict[str, Worker] = {}
+    rows: Rows = {}
+    try:
+        for contender in arguments.contenders:
+            worker = workers[contender] = Worker(contender, size, lengths, arguments)
+            try:
+                worker.measure()
+            except RuntimeError as error:
+                print(f"{contender} on {size}/{lengths} is left out: {error}", flush=True)
+                workers.pop(contender).close()
+        rows = {contender: [] for contender in workers}
+        for _ in range(arguments.repeats):
+            for contender, worker in workers.items():
+                rows[contender].append(worker.measure())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return rows
 
 
-def flat_epoch_seconds(model: SAFE, n_batches: int) -> tuple[float, int]:
-    """The same losses with one padded row per token, on ``n_batches`` minibatches."""
-    policy, buffer = model.policy, model.rollout_buffer
-    assert isinstance(buffer, SegmentBuffer)
-    rows: list[tuple[np.ndarray, int, Any]] = []
-    for batch in buffer.in_order(10**9):
-        obs = batch.observations
-        for i in range(len(batch.actions)):
-            row, col = int(obs["rows"][i]), int(obs["cols"][i])
-            length = int(obs["position_ids"][row, col]) + 1
-            rows.append((obs["input_ids"][row, col + 1 - length : col + 1].numpy(), length, i))
-        samples = batch
-    width = max(length for _, length, _ in rows)
-    order = np.random.permutation(len(rows))
-    batches = []
-    for start in range(0, n_batches * model.batch_size, model.batch_size):
-        chosen = [rows[i] for i in order[start : start + model.batch_size]]
-        ids = np.zeros((len(chosen), width), dtype=np.int64)
-        for row, (text, length, _) in enumerate(chosen):
-            ids[row, :length] = text
-        index = th.tensor([i for _, _, i in chosen])
-        lengths = th.tensor([length for _, length, _ in chosen])
-        obs = {
-            "input_ids": th.as_tensor(ids),
-            "position_ids": th.arange(width).expand(len(chosen), -1),
-            "rows": th.arange(len(chosen)),
-            "cols": lengths - 1,
-            "new_tokens": samples.observations["new_tokens"][index],
-        }
-        fields = {
-            name: value[index]
-            for name, value in samples._asdict().items()
-            if value is not None and name != "observations"
-        }
-        batches.append(samples._replace(observations=obs, **fields))
+# -- figures -----------------------------------------------------------------------------------------------------------
 
-    def train() -> None:
-        for batch in batches:
-            model._step(model._loss(batch)[0], 1.0)
 
-    policy.set_training_mode(True)
-    return seconds(train), n_batches * model.batch_size
+def mean_length(rows: Rows) -> float:
+    """New tokens of a text, over all texts: chance decides, and for all contenders alike."""
+    texts = [row for measured in rows.values() for row in measured if "texts" in row]
+    return sum(row["tokens"] for row in texts) / sum(row["texts"] for row in texts)
+
+
+def ratios(rows: Rows) -> dict[str, float]:
+    """SAFE's tokens per second over those of others, on one task."""
+
+    def seconds(contender: str, part: str = "seconds") -> float:
+        return statistics.median(row[part] for row in rows[contender])
+
+    def rate(contender: str) -> float:
+        # A batch takes as long as its longest text, whatever the others' lengths happen to be.
+        return rows[contender][0]["texts"] * mean_length(rows) / seconds(contender)
+
+    tokens, found = rows["safe"][0]["tokens"], {}
+    if "generate" in rows:
+        found["rollout / generate()"] = tokens / seconds("safe", "rollout") / rate("generate")
+    for peer in ("published", "trl"):
+        if peer in rows:
+            found[f"iteration / {peer}"] = tokens / seconds("safe") / rate(peer)
+    if "row-per-token" in rows:
+        passes, one = 2, rows["row-per-token"][0]["tokens"] / seconds("row-per-token")
+        found["update / row per token"] = passes * tokens / seconds("safe", "update") / one
+    for other in ("ppo-fixed-kl", "ppo"):
+        if other in rows:
+            found[f"iteration / {other}"] = seconds(other) / seconds("safe")
+    return found
+
+
+def shares(rows: Rows) -> dict[str, float]:
+    """What SAFE has beyond PPO, as shares of its iteration, timed within it."""
+    return {
+        f"share of {part}": statistics.median(row.get(part, 0.0) / row["seconds"] for row in rows["safe"])
+        for part in ("controller", "penalty", "bound", "head", "reference")
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    tasks: dict[str, Rows] = {name: result["contenders"] for name, result in results.items()}
+    figures = {name: ratios(rows) | shares(rows) for name, rows in tasks.items() if "safe" in rows}
+    lines = []
+    for label in dict.fromkeys(label for found in figures.values() for label in found):
+        form = "{:.1%}" if label.startswith("share") else "{:.2f}"
+        cells = [form.format(found[label]) if label in found else "" for found in figures.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([f"| | {' | '.join(figures)} |", f"|---{'|---' * len(figures)}|", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=SIZES)
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--published", type=Path, help="a checkout of the paper's code")
+    parser.add_argument("--trl", type=Path, help="a folder with TRL 1.12.0 or older")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sb3_safe_language")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: see language_gpu.py")
+    parser.add_argument("--tiny", action="store_true", help="what --device cuda does, on tiny models and the CPU")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/language-<device>.json")
+    parser.add_argument("--work", nargs=3, metavar=("CONTENDER", "SIZE", "LENGTHS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    th.set_num_threads(arguments.threads)
-    model = SAFE("TextGenEnv-v0", seed=0)
-    reader = model.env.envs
-    prompts = [prompt.ids.tolist() for prompt in reader._draw(model.n_envs)]
-    rows: list[dict[str, float]] = []
-    for repeat in range(arguments.repeats + 1):
-        written = rollout_seconds(model)
-        generated = generate_seconds(model, prompts, 32)
-        model.rollout_buffer.annotations = {}
-        model._observe_rollout()
-        trained = epoch_seconds(model)
-        flat = flat_epoch_seconds(model, 2)
-        if repeat > 0:  # the first is warm-up
-            speed = {
-                "rollout": written[1] / written[0],
-                "generate": generated[1] / generated[0],
-                "update": trained[1] / trained[0],
-                "flat_update": flat[1] / flat[0],
-            }
-            rows.append(speed)
-            print({name: round(value) for name, value in speed.items()}, flush=True)
-    summary = {
-        "rollout_over_generate": statistics.median(row["rollout"] / row["generate"] for row in rows),
-        "update_over_flat_update": statistics.median(row["update"] / row["flat_update"] for row in rows),
-    }
-    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(machine | summary | {"tokens_per_second": rows}, indent=1) + "\n")
-    print(summary)
+    if arguments.work:
+        work(arguments)
+        return
+    if arguments.out is None:
+        folder = arguments.scratch if arguments.tiny else RESULTS
+        arguments.out = folder / f"language-{arguments.device}.json"
+    if arguments.device == "cuda" or arguments.tiny:
+        import language_gpu
+
+        language_gpu.run(arguments)
+        return
+    absent = [peer for peer in ("published", "trl") if getattr(arguments, peer) is None]
+    arguments.contenders = [contender for contender in arguments.contenders if contender not in absent]
+    results: dict[str, Any] = {}
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for size in arguments.sizes:
+        for lengths in arguments.lengths:
+            rows = measure(size, lengths, arguments)
+            results[f"{size}/{lengths}"] = {"versions": versions(PACKAGES, SOURCES), "contenders": rows}
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(f"after {size}/{lengths}:\n{table(results)}\n", flush=True)
 
 
 if __name__ == "__main__":

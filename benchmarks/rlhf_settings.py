@@ -88,7 +88,7 @@ FAMILIES: dict[str, dict[str, Method]] = {
     "ppo-kl": {f"ppo-kl-{c:g}": kl_in_reward("fixed", coef=c) for c in COEFFICIENTS},
     "ppo-adaptive": {f"ppo-adaptive-{t:g}": kl_in_reward("adaptive", target=t) for t in TARGETS},
 }
-UNTUNED = {"ppo-kl": "ppo-kl-0.05", "ppo-adaptive": "ppo-adaptive-0.1"}
+UNTUNED = {"ppo-kl": "ppo-kl-0.1", "ppo-adaptive": "ppo-adaptive-0.1"}
 """What stands for a family until it is tuned."""
 METHODS: dict[str, Method] = {
     "safe": (SAFE, {}),
