@@ -44,3 +44,14 @@ def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, 
     ]
     crashes = [str(figures[algorithm]["crashes"]) for algorithm in ("ppo", "safe")]
     assert f"| {' | '.join([label, *cells, *crashes])} |" in README
+
+
+@pytest.mark.parametrize("task", ["embedded", "length", "sparse"])
+def test_gold_scores_are_those_of_the_report(task: str) -> None:
+    settings = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())["settings"]
+    cells = [
+        f"{settings[setting][task][method]['final_gold'][0]:.2f}"
+        for setting in ("quick", "quick-x10")
+        for method in ("ppo", "ppo-kl", "safe")
+    ]
+    assert f"| {task} | {' | '.join(cells)} |" in README
