@@ -128,21 +128,18 @@ def measure(size: str, lengths: str, arguments: argparse.Namespace) -> Rows:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def mean_length(rows: Rows) -> float:
-    """New tokens of a text, over all texts: chance decides, and for all contenders alike."""
-    texts = [row for measured in rows.values() for row in measured if "texts" in row]
-    return sum(row["tokens"] for row in texts) / sum(row["texts"] for row in texts)
+def ratios(rows: Rows, mean_length: float) -> dict[str, float]:
+    """SAFE's tokens per second over those of others, on one task.
 
-
-def ratios(rows: Rows) -> dict[str, float]:
-    """SAFE's tokens per second over those of others, on one task."""
+    :param mean_length: new tokens that a text has on average.
+    """
 
     def seconds(contender: str, part: str = "seconds") -> float:
         return statistics.median(row[part] for row in rows[contender])
 
     def rate(contender: str) -> float:
         # A batch takes as long as its longest text, whatever the others' lengths happen to be.
-        return rows[contender][0]["texts"] * mean_length(rows) / seconds(contender)
+        return rows[contender][0]["texts"] * mean_length / seconds(contender)
 
     tokens, found = rows["safe"][0]["tokens"], {}
     if "generate" in rows:
@@ -160,17 +157,29 @@ def ratios(rows: Rows) -> dict[str, float]:
 
 
 def shares(rows: Rows) -> dict[str, float]:
-    """What SAFE has beyond PPO, as shares of its iteration, timed within it."""
+    """What SAFE's iteration has beyond one of PPO without a KL penalty, as shares of it, timed within it."""
     return {
         f"share of {part}": statistics.median(row.get(part, 0.0) / row["seconds"] for row in rows["safe"])
         for part in ("controller", "penalty", "bound", "head", "reference")
     }
 
 
+def measured_length(rows: Rows) -> float:
+    """New tokens that a text had on average."""
+    texts = [row for measured in rows.values() for row in measured if "texts" in row]
+    return sum(row["tokens"] for row in texts) / sum(row["texts"] for row in texts)
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
-    tasks: dict[str, Rows] = {name: result["contenders"] for name, result in results.items()}
-    figures = {name: ratios(rows) | shares(rows) for name, rows in tasks.items() if "safe" in rows}
+    from language_models import Task
+
+    figures = {}
+    for name, result in results.items():
+        rows = result["contenders"]
+        if "safe" in rows:
+            found = ratios(rows, Task(*name.split("/")).mean_length) | shares(rows)
+            figures[name] = found | {"tokens a text": measured_length(rows)}
     lines = []
     for label in dict.fromkeys(label for found in figures.values() for label in found):
         form = "{:.1%}" if label.startswith("share") else "{:.2f}"

@@ -70,6 +70,12 @@ class Task(NamedTuple):
         """Chance of each new token of being the last: 0, or such that of 64 at most 22 are written on average."""
         return 0.0 if self.lengths == "equal" else 0.0425
 
+    @property
+    def mean_length(self) -> float:
+        """New tokens of a text on average."""
+        chance, longest = self.eos_probability, self.new_tokens
+        return (1 - (1 - chance) ** longest) / chance if chance else float(longest)
+
     def model(self, folder: Path) -> str:
         """Folder of the task's model, which is written at the first call."""
         path = folder / self.size / self.lengths

@@ -114,17 +114,15 @@ def test_the_parts_of_an_iteration_are_within_it(scratch: Path) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def test_ratios_are_of_tokens_per_second_at_the_mean_length_of_all_texts() -> None:
+def test_ratios_are_of_tokens_per_second_where_batches_count_by_their_texts() -> None:
     rows = {
-        # 30 texts of 300 tokens, and 10 of 100: 10 tokens a text.
         "safe": [{"seconds": seconds, "tokens": 300, "texts": 30, "rollout": 1.0, "update": 3.0} for seconds in (4, 5)],
-        "generate": [{"seconds": 2.0, "tokens": tokens, "texts": 5} for tokens in (40, 60)],
-        "published": [{"seconds": 3.0, "tokens": 50, "texts": 5}] * 2,
+        "generate": [{"seconds": 2.0, "tokens": tokens, "texts": 5} for tokens in (10, 60)],
+        "published": [{"seconds": 3.0, "tokens": 40, "texts": 5}] * 2,
         "row-per-token": [{"seconds": 8.0, "tokens": 64}] * 2,
         "ppo": [{"seconds": 4.0, "tokens": 300, "texts": 30}] * 2,
     }
-    assert language.mean_length(rows) == 10
-    assert language.ratios(rows) == pytest.approx(
+    assert language.ratios(rows, mean_length=10) == pytest.approx(
         {
             "rollout / generate()": 300 / (50 / 2),
             "iteration / published": (300 / 4.5) / (50 / 3),
@@ -132,6 +130,13 @@ def test_ratios_are_of_tokens_per_second_at_the_mean_length_of_all_texts() -> No
             "iteration / ppo": 4 / 4.5,
         }
     )
+    assert language.measured_length(rows) == (4 * 300 + 70 + 80) / (4 * 30 + 4 * 5)
+
+
+def test_the_mean_length_is_that_of_texts_that_end_by_chance_or_at_the_most() -> None:
+    ends = np.random.default_rng(0).geometric(0.0425, 100_000)
+    assert Task("5M", "spread").mean_length == pytest.approx(np.minimum(ends, 64).mean(), rel=0.01)
+    assert Task("5M", "equal").mean_length == 64
 
 
 def test_what_a_gpu_could_do_at_best_follows_from_the_shape() -> None:
@@ -166,7 +171,7 @@ def test_a_run_writes_its_measurements_and_leaves_out_what_breaks_down(
     task = json.loads(out.read_text())["0.1M/spread"]["contenders"]
     assert set(task) == {"generate", "safe"}
     assert all(len(rows) == 1 for rows in task.values())
-    assert 10 < language.mean_length(task) < 40
+    assert 10 < language.measured_length(task) < 40
     printed = capsys.readouterr().out
     assert "published on 0.1M/spread is left out" in printed
     assert "No module named 'safe'" in printed
