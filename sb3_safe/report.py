@@ -81,8 +81,8 @@ def write_report(
 
     :param runs: by name, the rows that :class:`~sb3_safe.callbacks.StabilityCallback` collected; several are overlaid.
     :param path: of the HTML file; its folder is created.
-    :param samples: texts, as :class:`~sb3_safe.text_callbacks.SampleCallback` collected them; the first and the last one
-        of each prompt are shown.
+    :param samples: texts, as :class:`~sb3_safe.text_callbacks.SampleCallback` collected them; the first and the last
+        one of each prompt are shown.
     :param title: of the page.
     :param evaluation: by name, a value before and after training.
     :return: the path.

@@ -10,7 +10,6 @@ import torch as th
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-
 # Texts that are brought into their slots together: of similar length, so that little is padding.
 PREFILL_ROWS = 16
 
