@@ -159,7 +159,8 @@ def run(algorithm: str, name: str, threads: int, sbx_python: str) -> dict[str, f
     }
     command = [python, "-W", "ignore", __file__, "--measure", algorithm, name, "--threads", str(threads)]
     if threads == 1 and sys.platform == "linux":
-        command = ["taskset", "-c", "0", *command]
+        # Not the first core, which interrupts are served on.
+        command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         print(f"{algorithm} on {name} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)

@@ -6,8 +6,8 @@ them, evaluated together with the actor as one batched product, and used through
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import torch as th
 from gymnasium import spaces
@@ -19,12 +19,17 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 
+from sb3_safe.buffers import SafeSamples
+from sb3_safe.fast_loss import Objective
+from sb3_safe.fast_mlp import FastMlp, fast_path
 from sb3_safe.functional import soft_min
+from sb3_safe.fused_adam import FusedAdam
+from sb3_safe.parallel_mlp import architecture, side_by_side
 
 
 class Evaluation(NamedTuple):
@@ -70,6 +75,13 @@ class PessimisticCritics(nn.Module):
         self.soft_min_alpha = soft_min_alpha
         self.register_buffer("return_scale", th.ones(()))
 
+    def fast_gradient(self, samples: SafeSamples, objective: Objective) -> dict[str, float] | None:
+        """Add the gradient of the loss of a minibatch to that of the parameters, where there is a way without a graph.
+
+        :return: means over the actions for the log; ``None``: there is no such way, and nothing has been done.
+        """
+        return None
+
     def aggregate(self, values: Tensor) -> Tensor:
         """Soft-min of the critics.
 
@@ -79,59 +91,6 @@ class PessimisticCritics(nn.Module):
         if self.n_critics == 1:
             return values
         return (soft_min(values / self.return_scale, self.soft_min_alpha) * self.return_scale).unsqueeze(-1)
-
-
-class ParallelMlp(nn.Module):
-    """N networks of one architecture as batched matrix products.
-
-    On small networks time goes into dispatching operations, not into arithmetic: actor and critics side by side
-    cost little more than one of them.
-
-    :param networks: Sequentials of alternating Linear and activation layers, all of one shape.
-    """
-
-    def __init__(self, networks: Sequence[nn.Sequential]) -> None:
-        super().__init__()
-        linear = [[layer for layer in network if isinstance(layer, nn.Linear)] for network in networks]
-        layers = list(zip(*linear, strict=True))
-        self.weights = nn.ParameterList(
-            [nn.Parameter(th.stack([layer.weight.detach().t() for layer in group])) for group in layers]
-        )
-        self.biases = nn.ParameterList(
-            [nn.Parameter(th.stack([layer.bias.detach()[None] for layer in group])) for group in layers]
-        )
-        self.activations = nn.ModuleList(
-            [] if not networks else [layer for layer in networks[0] if not isinstance(layer, nn.Linear)]
-        )
-        self.n_networks = len(networks)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply every network to the same inputs.
-
-        :param inputs: ``[B, in]``
-        :return: ``[N, B, out]``
-        """
-        latent = inputs.expand(self.n_networks, *inputs.shape)
-        for weight, bias, activation in zip(self.weights, self.biases, self.activations, strict=True):
-            latent = activation(th.baddbmm(bias, latent, weight))
-        return latent
-
-
-class SerialMlp(nn.ModuleList):
-    """N networks evaluated one after the other: for activations with parameters of their own."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply every network to the same inputs.
-
-        :param inputs: ``[B, in]``
-        :return: ``[N, B, out]``
-        """
-        return th.stack([network(inputs) for network in self])
-
-
-def _side_by_side(networks: Sequence[nn.Sequential]) -> ParallelMlp | SerialMlp:
-    has_parameters = any(True for layer in networks[0] if not isinstance(layer, nn.Linear) for _ in layer.parameters())
-    return SerialMlp(networks) if has_parameters else ParallelMlp(networks)
 
 
 class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
@@ -177,21 +136,23 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         actor = self.mlp_extractor.policy_net
         critics = [self.mlp_extractor.value_net, *(body for body, _ in extra)]
         heads = [self.value_net, *(head for _, head in extra)]
-        self.joint = self.share_features_extractor and _architecture(actor) == _architecture(critics[0])
-        self.bodies = _side_by_side([actor, *critics] if self.joint else critics)
+        self.joint = self.share_features_extractor and architecture(actor) == architecture(critics[0])
+        self.bodies = side_by_side([actor, *critics] if self.joint else critics)
         self.actor_body = nn.Identity() if self.joint else actor
         self.value_weight = nn.Parameter(th.stack([head.weight.detach().t() for head in heads]))
         self.value_bias = nn.Parameter(th.stack([head.bias.detach()[None] for head in heads]))
         del self.mlp_extractor, self.value_net
 
+        self._fast: FastMlp | None = None
+        self._takes_vectors = False
         self.reference: TwinCriticPolicy | None = None
         self.target_bodies: nn.Module | None = None
         self.register_buffer("target_weight", None)
         self.register_buffer("target_bias", None)
-        kwargs = dict(self.optimizer_kwargs)
-        if self.optimizer_class is th.optim.Adam and not {"foreach", "fused"} & set(kwargs):
-            kwargs["fused"] = True  # one kernel a step instead of a dozen per parameter
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+        optimizer_class = self.optimizer_class
+        if optimizer_class is th.optim.Adam and not {"foreach", "fused"} & set(self.optimizer_kwargs):
+            optimizer_class = FusedAdam
+        self.optimizer = optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _make_critic(self) -> tuple[nn.Sequential, nn.Linear]:
         """Another value network, initialised as SB3 initialises its own."""
@@ -220,6 +181,12 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             return latents[0], latents[1:], vf_features
         return self.actor_body(pi_features), latents, vf_features
 
+    def _features(self, obs: PyTorchObs) -> Tensor:
+        """Features ``[B, f]`` of actor and critics alike; vectors of numbers are their own."""
+        if self._takes_vectors and isinstance(obs, Tensor) and obs.dtype == th.float32:
+            return obs
+        return cast(Tensor, self.extract_features(obs))
+
     def _values(self, latents: Tensor) -> Tensor:
         """Values ``[B, K]`` from critic latents ``[K, B, h]``."""
         return th.baddbmm(self.value_bias, latents, self.value_weight).squeeze(-1).t()
@@ -237,9 +204,22 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Act: ``(actions [B, ...], soft-min values [B, 1], log-probabilities [B])``."""
+        if self.target_bodies is None and (result := self._fast_forward(obs, deterministic)) is not None:
+            return result
         latent_pi, latent_vf, vf_features = self._latents(obs)
         actions, log_prob = self._act(latent_pi, deterministic)
         return actions.reshape((-1, *self.action_space.shape)), self._used_value(latent_vf, vf_features), log_prob  # type: ignore[misc]
+
+    def _fast_forward(self, obs: PyTorchObs, deterministic: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self._fast is None or th.is_grad_enabled() or not self._fast.applies():
+            return None
+        temperature = self.soft_min_alpha * self.return_scale.item()
+        actions, values, log_prob = self._fast.act(self._features(obs), deterministic, temperature)
+        return actions.reshape((-1, *self.action_space.shape)), values, log_prob  # type: ignore[misc]
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        result = self._fast_forward(observation, deterministic)
+        return super()._predict(observation, deterministic) if result is None else result[0]
 
     def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
         """Values of every critic, log-probability and entropy; see :class:`Evaluation`.
@@ -247,9 +227,20 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         :param obs: a minibatch of observations.
         :param actions: ``[B, ...]``, as the rollout buffer yields them.
         """
+        if self._fast is not None and self._fast.applies():
+            return Evaluation(*self._fast.evaluate(self._features(obs), actions))
         latent_pi, latent_vf, _ = self._latents(obs)
         log_prob, entropy = self._score(latent_pi, actions)
         return Evaluation(self._values(latent_vf), log_prob, entropy)
+
+    def fast_gradient(self, samples: SafeSamples, objective: Objective) -> dict[str, float] | None:
+        """See :meth:`PessimisticCritics.fast_gradient`."""
+        if self._fast is None or objective.kl_estimator == "exact" or not self._fast.applies():
+            return None
+        if not self._takes_vectors and any(p.requires_grad for p in self.features_extractor.parameters()):
+            return None  # their gradient needs a graph
+        with th.no_grad():
+            return self._fast.accumulate_gradient(self._features(samples.observations), samples, objective)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
@@ -301,6 +292,14 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         super().train(mode)
         if self.reference is not None:
             self.reference.train(False)
+        # At each rollout and update, so that replaced and frozen modules are noticed.
+        self._fast = fast_path(self, TwinCriticPolicy)
+        self._takes_vectors = (
+            isinstance(self.observation_space, spaces.Box)
+            and len(self.observation_space.shape) == 1
+            and type(self.features_extractor) is FlattenExtractor
+            and type(self).extract_features is ActorCriticPolicy.extract_features
+        )
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -377,13 +376,6 @@ class TwinCriticMultiInputPolicy(TwinCriticPolicy):
             )
         kwargs.setdefault("features_extractor_class", CombinedExtractor)
         super().__init__(observation_space, *args, **kwargs)
-
-
-def _architecture(network: nn.Sequential) -> list[tuple[Any, ...]]:
-    """What must be equal for two networks to be evaluated side by side."""
-    return [
-        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (type(layer),) for layer in network
-    ]
 
 
 def _gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

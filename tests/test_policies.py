@@ -11,13 +11,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_safe.policies import (
-    ParallelMlp,
-    SerialMlp,
-    TwinCriticCnnPolicy,
-    TwinCriticMultiInputPolicy,
-    TwinCriticPolicy,
-)
+from sb3_safe.parallel_mlp import ParallelMlp, SerialMlp
+from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.tiny_envs import ACTIONS, OBSERVATIONS
 
 VECTOR, DISCRETE, BOX = OBSERVATIONS["vector"], ACTIONS["discrete"], ACTIONS["box"]
@@ -55,6 +50,7 @@ def jolt(policy: nn.Module, scale: float = 0.3) -> None:
 # -- one critic is SB3's policy -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("acting", [False, True], ids=["training", "acting"])
 @pytest.mark.parametrize(
     ("ours", "sb3", "observation_space", "action_space", "kwargs"),
     [
@@ -88,21 +84,30 @@ def jolt(policy: nn.Module, scale: float = 0.3) -> None:
     ],
 )
 def test_with_one_critic_it_is_the_policy_of_sb3(
-    ours: Any, sb3: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], kwargs: dict[str, Any]
+    ours: Any,
+    sb3: Any,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    kwargs: dict[str, Any],
+    acting: bool,
 ):
     mine = make(ours, observation_space, action_space, n_critics=1, **kwargs)
     theirs = make(sb3, observation_space, action_space, **kwargs)
     obs = observations(observation_space)
     results = []
     for policy in (mine, theirs):
+        policy.set_training_mode(not acting)
         th.manual_seed(1)
         if policy.use_sde:
             policy.reset_noise(5)
-        actions, values, log_prob = policy(obs)
-        evaluated = policy.evaluate_actions(obs, actions)
-        mean = policy.get_distribution(obs).mode()
-        bootstrap = policy.predict_values(obs)
-        results.append([actions, values, log_prob, *evaluated, mean, bootstrap, policy(obs, deterministic=True)[0]])
+        with th.set_grad_enabled(not acting):
+            actions, values, log_prob = policy(obs)
+            evaluated = policy.evaluate_actions(obs, actions)
+            mean = policy.get_distribution(obs).mode()
+            bootstrap = policy.predict_values(obs)
+            predicted = [policy._predict(obs), policy._predict(obs, deterministic=True)]
+            best = policy(obs, deterministic=True)[0]
+        results.append([actions, values, log_prob, *evaluated, mean, bootstrap, *predicted, best])
     for a, b in zip(*results, strict=True):
         if a is None or b is None:
             assert a is b
