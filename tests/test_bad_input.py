@@ -147,13 +147,13 @@ def test_an_observation_that_is_not_finite_is_traced_and_leaves_the_last_good_mo
 
 def poison(model: SAFE, which: Callable[[int], bool]) -> None:
     """Make the loss of some minibatches, told by their number, NaN."""
-    loss, calls = model._loss, itertools.count()
+    gradient, calls = model._gradient, itertools.count()
 
-    def poisoned_loss(batch: Any) -> Any:
-        value, parts = loss(batch)
-        return (value * math.nan, parts | {"loss": math.nan}) if which(next(calls)) else (value, parts)
+    def poisoned_gradient(pieces: Any) -> Any:
+        means = gradient(pieces)
+        return means | {"loss": math.nan} if which(next(calls)) else means
 
-    model._loss = poisoned_loss  # type: ignore[method-assign]
+    model._gradient = poisoned_gradient  # type: ignore[method-assign]
 
 
 def poison_gradient(model: SAFE, which: Callable[[int], bool]) -> None:
@@ -184,7 +184,7 @@ def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: An
 @pytest.mark.parametrize(("what", "named"), [(poison, "the loss"), (poison_gradient, "the gradient")])
 def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
     model, before = after_two_rollouts()
-    intact = model._loss, model._gradient
+    intact = model._gradient
     what(model, lambda number: number >= 3)
     with pytest.raises(
         NonFiniteError, match=rf"minibatches of the update.*first {named} of minibatch 3.*learning_rate"
@@ -195,7 +195,7 @@ def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
     for name, tensor in model.policy.state_dict().items():
         assert th.equal(tensor, before[name]), name
     assert any("saved to" in note for note in caught.value.__notes__)
-    model._loss, model._gradient = intact  # type: ignore[method-assign]
+    model._gradient = intact  # type: ignore[method-assign]
     model.learn(64, reset_num_timesteps=False)
 
 

@@ -335,6 +335,55 @@ def test_trained_features_are_left_to_autograd():
     assert model.policy.fast_gradient(batch, objective(model)) is not None
 
 
+class OwnLoss(SAFE):
+    def _loss(self, batch: SafeSamples) -> Any:
+        loss, parts = super()._loss(batch)
+        return 0 * loss, parts
+
+
+def test_a_loss_of_ones_own_is_minimised():
+    model = OwnLoss("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=16)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(32)
+    assert model.policy._fast is not None
+    assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+# -- learning ------------------------------------------------------------------------------------------------------
+
+
+class General(TwinCriticPolicy):
+    """No fast path, because it overrides a method that the fast path stands in for."""
+
+    def aggregate(self, values: th.Tensor) -> th.Tensor:
+        return super().aggregate(values)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_updates_are_those_of_the_general_path(env_id: str):
+    results = []
+    for kind in (TwinCriticPolicy, General):
+        model = SAFE(kind, env_id, n_steps=64, batch_size=32, n_epochs=2, seed=0, policy_kwargs={"net_arch": [8, 8]})
+        model.learn(128)
+        results.append(list(model.policy.state_dict().values()))
+    assert_equal(*results, tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_learning_is_that_of_the_general_path():
+    settings = {"n_envs": 8, "n_steps": 32, "batch_size": 256, "n_epochs": 20, "gae_lambda": 0.8, "gamma": 0.98}
+    averages = {}
+    for kind in (TwinCriticPolicy, General):
+        averages[kind] = [
+            SAFE(kind, "CartPole-v1", learning_rate=1e-3, seed=seed, stats_window_size=10_000, **settings).learn(25_000)
+            for seed in range(10)
+        ]
+    fast, general = ([np.mean([i["r"] for i in model.ep_info_buffer]) for model in averages[kind]] for kind in averages)
+    error = np.sqrt((np.var(fast, ddof=1) + np.var(general, ddof=1)) / 10)
+    assert min(np.mean(fast), np.mean(general)) > 50  # acting at random brings about 22
+    assert abs(np.mean(fast) - np.mean(general)) < 3 * error, (fast, general)
+
+
 # -- where it applies ----------------------------------------------------------------------------------------------
 
 

@@ -275,10 +275,10 @@ def test_log_means_are_over_the_whole_update():
     seen: list[float] = []
 
     class Recorder(SAFE):
-        def _loss(self, batch: Any) -> Any:
-            loss, parts = super()._loss(batch)
-            seen.append(float(parts["value_loss"]))
-            return loss, parts
+        def _gradient(self, pieces: Any) -> dict[str, float]:
+            means = super()._gradient(pieces)
+            seen.append(means["value_loss"])
+            return means
 
     model = Recorder("MlpPolicy", "CartPole-v1", **SMALL)
     model.learn(32)
