@@ -13,7 +13,6 @@ from torch import nn
 
 from sb3_safe import SAFE, FixedKL, functional
 from sb3_safe.buffers import SafeSamples
-from sb3_safe.fast_loss import Objective
 from sb3_safe.fast_mlp import soft_min
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.test_policies import BOX, DISCRETE, IMAGE, VECTOR, jolt, make, observations
@@ -238,20 +237,6 @@ def trained(env_id: str, **kwargs: Any) -> tuple[SAFE, SafeSamples]:
     return model, batch
 
 
-def objective(model: SAFE) -> Objective:
-    return Objective(
-        clip_range=model._clip,
-        normalize_advantage=model.normalize_advantage,
-        vf_coef=model.vf_coef,
-        huber_delta=model._delta,
-        clip_range_vf=model._clip_vf,
-        ent_coef=model.ent_coef,
-        kl_estimator=model.kl_estimator,
-        kl_coefficient=model.controller.coefficient,
-        trains_policy=model._n_updates >= model.critic_warmup * model.n_epochs,
-    )
-
-
 def penalised(coef: float, **kwargs: Any) -> dict[str, Any]:
     return {"kl_controller": FixedKL, "kl_controller_kwargs": {"coef": coef}} | kwargs
 
@@ -278,7 +263,7 @@ def test_loss_gradient_and_statistics_are_those_of_autograd(env_id: str, setting
     model, batch = trained(env_id, **settings)
     policy, parameters = model.policy, model._trainable()
     model.policy.optimizer.zero_grad()
-    found = policy.fast_gradient(batch, objective(model))
+    found = policy.fast_gradient(batch, model._objective())
     ours = [parameter.grad for parameter in parameters]
     policy._fast = None
     model.policy.optimizer.zero_grad()
@@ -295,21 +280,21 @@ def test_gradients_of_minibatches_add_up():
     for times in (1, 2):
         model.policy.optimizer.zero_grad()
         for _ in range(times):
-            model.policy.fast_gradient(batch, objective(model))
+            model.policy.fast_gradient(batch, model._objective())
         sums.append([parameter.grad.clone() for parameter in model._trainable()])
     assert_equal(sums[1], [2 * gradient for gradient in sums[0]])
 
 
 def test_a_penalty_without_closed_form_is_left_to_autograd():
     model, batch = trained("CartPole-v1", **penalised(1.0, kl_reference="initial", kl_estimator="exact"))
-    assert model.policy.fast_gradient(batch, objective(model)) is None
+    assert model.policy.fast_gradient(batch, model._objective()) is None
 
 
 def test_frozen_parameters_get_no_gradient():
     model, batch = trained("CartPole-v1")
     model.policy.action_net.weight.requires_grad_(False)
     model.policy.optimizer.zero_grad()
-    assert model.policy.fast_gradient(batch, objective(model)) is not None
+    assert model.policy.fast_gradient(batch, model._objective()) is not None
     assert model.policy.action_net.weight.grad is None
     assert model.policy.action_net.bias.grad is not None
 
@@ -330,9 +315,9 @@ def test_trained_features_are_left_to_autograd():
     batch = next(model.rollout_buffer.get(16))
     model._clip = 0.2
     assert model.policy._fast is not None
-    assert model.policy.fast_gradient(batch, objective(model)) is None
+    assert model.policy.fast_gradient(batch, model._objective()) is None
     model.policy.features_extractor.requires_grad_(False)
-    assert model.policy.fast_gradient(batch, objective(model)) is not None
+    assert model.policy.fast_gradient(batch, model._objective()) is not None
 
 
 class OwnLoss(SAFE):
