@@ -42,10 +42,12 @@ class AnnotatedRollout(RolloutBuffer):
 
     _last_values: Tensor
     _last_dones: np.ndarray
+    _has_returns: bool
 
     def reset(self) -> None:
         """Forget the rollout."""
         super().reset()
+        self._has_returns = False
         self.annotations: dict[str, Tensor] = {}
         self._flat: dict[str, Tensor] = {}
 
@@ -69,6 +71,12 @@ class AnnotatedRollout(RolloutBuffer):
         """GAE, as SB3's; remembers its arguments for :meth:`subtract_from_rewards`."""
         self._last_values, self._last_dones = last_values, dones
         super().compute_returns_and_advantage(last_values, dones)
+        self._has_returns = True
+
+    @property
+    def awaits_last_values(self) -> bool:
+        """Whether every step is there, and what is missing are the values after the last one."""
+        return self.full and not self._has_returns
 
     def subtract_from_rewards(self, penalties: np.ndarray) -> None:
         """Take a penalty off the reward of each action, and compute returns and advantages again.

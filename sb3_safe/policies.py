@@ -6,9 +6,11 @@ them, evaluated together with the actor as one batched product, and used through
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import (
@@ -62,6 +64,14 @@ class PessimisticCritics(nn.Module):
         :param algorithm: what will build the policy.
         :raises ValueError: the message names the arguments to change.
         """
+
+    def collecting(self, ended: Callable[[], np.ndarray | None]) -> AbstractContextManager[None]:
+        """Entered while a rollout is collected, in which weights do not change; most policies make no use of it.
+
+        :param ended: when the values after the last step are asked for, says after which rows ``[B]`` an episode
+            ended: their values are multiplied by 0. Gives ``None`` at any other time.
+        """
+        return nullcontext()
 
     def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
         if n_critics < 1:

@@ -370,10 +370,15 @@ class SAFE(OnPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """SB3's rollout; then the controller is told what it showed."""
+
+        def ended() -> np.ndarray | None:  # not a method: copies of a policy that holds it would copy all of this
+            return self._last_episode_starts if self.rollout_buffer.awaits_last_values else None
+
         self._finished_returns = []
         try:
-            if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
-                return False
+            with self.policy.collecting(ended):
+                if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
+                    return False
         except (RuntimeError, ValueError):  # torch refuses to draw from a distribution that is not finite
             check_observations(self._last_obs, self.num_timesteps)
             raise

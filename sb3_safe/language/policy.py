@@ -3,11 +3,12 @@
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -152,6 +153,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         self.reference: Any = None
         self._slots: SlotCache | None = None
         self._decode: DecodeStep | None = None
+        self._ended: Callable[[], np.ndarray | None] | None = None
         rate = lr_schedule(1)
         groups = [
             {"params": [parameter for parameter in self.lm.parameters() if parameter.requires_grad], "lr": rate},
@@ -237,6 +239,15 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         export(self.lm, self.adapters, model, model_kwargs, directory, merged)
 
     # -- writing ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def collecting(self, ended: Callable[[], np.ndarray | None]) -> Iterator[None]:
+        """Within it no value is computed to be thrown away."""
+        self._ended = ended
+        try:
+            yield
+        finally:
+            self._ended = None
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the next token of every row: ``(tokens [B], soft-min values [B, 1], log-probabilities [B])``."""
@@ -332,6 +343,9 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         assert isinstance(obs, dict)
         ids, lengths = obs["input_ids"].long(), obs["length"].long().view(-1)
         if self._slots is not None and self._slots.n_rows == len(ids):  # most likely the texts that are being written
+            ended = None if self._ended is None else self._ended()
+            if ended is not None:  # another text has begun, and of its first token a value is had without prefill
+                lengths = lengths.masked_fill(th.as_tensor(ended, dtype=th.bool, device=lengths.device), 1)
             return self._used_value(self._continue(ids, lengths))
         hidden = self._body(self.lm, ids[:, : int(lengths.max())])
         return self._used_value(hidden[th.arange(len(ids), device=ids.device), lengths - 1])

@@ -9,11 +9,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_safe import SAFE
 from sb3_safe.functional import categorical_kl
+from sb3_safe.language import SegmentBuffer
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
 
 from .conftest import make_config
-from .test_agreement import rollout, text_model
+from .test_agreement import Silent, rollout, text_model
 
 
 def observe(texts: list[list[int]], width: int = 20) -> dict[str, th.Tensor]:
@@ -228,3 +229,75 @@ def test_a_reward_function_that_breaks_down_loses_nothing(env_kwargs: dict[str, 
     loaded = SAFE.load(rescue, device="cpu")
     for value, other in zip(model.policy.parameters(), loaded.policy.parameters(), strict=True):
         assert th.equal(value, other)
+
+
+# -- values after the last step ----------------------------------------------------------------------------------------
+
+
+def collect(model: SAFE, told: bool) -> SegmentBuffer:
+    """A rollout whose policy is told of the texts that have ended, or not."""
+    if told:
+        return rollout(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentBuffer, "awaits_last_values", False)
+        return rollout(model)
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 8])
+def test_prompts_that_have_just_come_are_not_read_for_values_that_nobody_uses(
+    min_new_tokens: int, env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of any length, or all of one, which end together with the rollout. Returns are the same."""
+    env_kwargs |= {"min_new_tokens": min_new_tokens}
+    buffers, ended, through = [], [], []
+    for told in (True, False):
+        model = text_model(env_kwargs, n_steps=16)
+        with th.no_grad():
+            model.policy.lm.get_output_embeddings().weight[1] += 1.0  # an eager end token
+        tokens: list[int] = []
+        body = model.policy._body
+
+        def counted(lm: Any, ids: Any, *args: Any, body: Any = body, tokens: list[int] = tokens, **kwargs: Any) -> Any:
+            tokens.append(ids.numel())
+            return body(lm, ids, *args, **kwargs)
+
+        monkeypatch.setattr(model.policy, "_body", counted)
+        th.manual_seed(0)
+        for _ in range(2):
+            buffers.append(collect(model, told))
+            model.policy.set_training_mode(True)  # slots are not trusted any more
+            ended.append(int(buffers[-1]._last_dones.sum()))
+        through.append(sum(tokens))
+    assert ended == [6] * 4 if min_new_tokens else 0 < ended[0] < 6
+    assert through[0] < through[1]
+    for one, other in zip(buffers[:2], buffers[2:], strict=True):
+        for name in ("actions", "values", "rewards", "log_probs", "advantages", "returns"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-6, err_msg=name)
+            if min_new_tokens:
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+class AsksForValues(Silent):
+    """Compares values that it asks for with those of whole texts, at every step and at the end."""
+
+    def _on_step(self) -> bool:
+        self.compare(self.locals["new_obs"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.compare(self.model._last_obs)
+
+    def compare(self, observations: dict[str, np.ndarray]) -> None:
+        policy: Any = self.model.policy
+        obs, _ = policy.obs_to_tensor(observations)
+        ids, last = obs["input_ids"].long(), obs["length"].long().view(-1) - 1
+        with th.no_grad():
+            hidden = policy._body(policy.lm, ids)[th.arange(len(ids)), last]
+            np.testing.assert_allclose(policy.predict_values(obs), policy._used_value(hidden), atol=1e-5)
+
+
+def test_callbacks_get_the_values_of_prompts_that_have_just_come(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs | {"min_new_tokens": 8}, n_steps=16)
+    callback = model._setup_learn(10_000, AsksForValues())[1]
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    assert model.rollout_buffer._last_dones.all()
