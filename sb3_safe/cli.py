@@ -92,6 +92,7 @@ def _add_plan(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> None:
     # Imported on demand: transformers takes seconds.
     from sb3_safe.language.adapters import lora_arguments
+    from sb3_safe.language.onednn import is_faster
     from sb3_safe.language.plan import available_memory, check_memory, parse_bytes, plan_memory
 
     available = available_memory(options.device) if options.memory is None else parse_bytes(options.memory)
@@ -112,6 +113,7 @@ def _plan(options: argparse.Namespace) -> None:
         reward_model=options.reward_model,
         reward_batch_size=options.reward_batch_size,
         reward_dtype=th.float32 if on_cpu else None,
+        packs=on_cpu and is_faster(),
     )
     print(plan.table(available))
     if available is None:

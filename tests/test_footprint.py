@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_safe import SAFE
+from sb3_safe.language import onednn
 from sb3_safe.language.adapters import Adapters
 from sb3_safe.language.footprint import Blueprint, score_bytes, training_bytes
 from sb3_safe.language.loading import checkpoint_layers
@@ -216,6 +217,25 @@ def test_writing_takes_what_is_planned(lora: dict[str, Any] | None, tmp_path: Pa
     planned = small_plan(folder, n_envs=16, lora=lora)
     slots_and_writing = planned.parts["key/value slots"] + sum(planned.phases["writing"].values())
     assert slots_and_writing == pytest.approx(memory.peak, rel=0.1)
+
+
+@pytest.mark.skipif(not hasattr(th.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch was built without oneDNN")
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_rollouts_pack_what_is_planned(
+    lora: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    folder = checkpoint(tmp_path)
+    env_kwargs = {"model": folder, "max_prompt_tokens": 32, "max_new_tokens": 16}
+    policy = SAFE("TextGenEnv-v0", n_envs=2, env_kwargs=env_kwargs, policy_kwargs={"lora": lora or False}).policy
+    texts = {"input_ids": th.ones(2, 8, dtype=th.long), "length": th.tensor([[4], [8]])}
+    with policy.collecting(lambda: None), th.no_grad():
+        policy(texts | {"prompt_length": th.ones(2, 1)})
+        packed = nbytes(copy.weight for copy in onednn._packed.values() if copy is not None)
+    assert small_plan(folder, lora=lora, packs=True).phases["writing"]["packed weights"] == packed
+    assert "packed weights" not in small_plan(folder, lora=lora).parts
+    in_half = small_plan(folder, lora=LORA, dtype=th.bfloat16, packs=True).parts["packed weights"]
+    assert in_half == nbytes(weight for weight in policy.heads.parameters() if weight.dim() == 2)
 
 
 def test_scoring_takes_what_is_planned() -> None:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, Qwen2Config, T5Config
 
 from sb3_safe import SAFE, cli
 from sb3_safe.language import adapters as adapters_module
+from sb3_safe.language import onednn
 from sb3_safe.language import plan as plan_module
 from sb3_safe.language import policy as policy_module
 from sb3_safe.language.plan import MemoryPlan, available_memory, check_memory, format_bytes, parse_bytes, plan_memory
@@ -237,12 +238,13 @@ def test_large_models_have_adapters_in_bfloat16_unless_asked_otherwise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapters_module, "LORA_FROM", 100_000)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
     QWEN.save_pretrained(tmp_path)
     command = ["plan", "--model", str(tmp_path), *SMALL, "--memory", "1GiB"]
     planned = {"n_envs": 2, "max_length": 24, "micro_batch_size": 48}
     for arguments, expected in (
         ([], {"lora": {}, "dtype": th.bfloat16}),
-        (["--device", "cpu"], {"lora": {}}),
+        (["--device", "cpu"], {"lora": {}, "packs": True}),
         (["--lora-rank", "4"], {"lora": {"r": 4}, "dtype": th.bfloat16}),
         (["--dtype", "float32"], {"lora": {}}),
         (["--full"], {"lora": None}),

@@ -100,6 +100,7 @@ class Adapters:
     def _swap(self) -> None:
         for number, (_, weight) in enumerate(self._weights()):
             weight.data, self._spare[number] = self._spare[number], weight.data
+            th.autograd.graph.increment_version(weight)  # to PyTorch, other data are no change
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -92,6 +92,8 @@ class WeightBytes(NamedTuple):
     merged: int
     """What the adapters are merged into: weights of the layers that have any."""
     heads: int
+    linear: int
+    """Of what a rollout may pack: weights in float32 of linear layers, heads included and adapters not."""
 
     @property
     def trained(self) -> int:
@@ -107,13 +109,17 @@ def parameter_bytes(module: nn.Module) -> int:
 @lru_cache
 def weight_bytes(policy: Blueprint, n_critics: int) -> WeightBytes:
     """Bytes of a policy's parameters."""
-    parameters = dict(policy.build().named_parameters())
+    model, heads = policy.build(), policy.heads(n_critics)
+    parameters = dict(model.named_parameters())
+    layers = [*model.named_modules(), *heads.named_modules()]
+    linear = [layer.weight for name, layer in layers if type(layer) is nn.Linear and ".lora_" not in name]
     adapters = sum(value.nbytes for name, value in parameters.items() if ".lora_" in name)
     return WeightBytes(
         model=sum(value.nbytes for value in parameters.values()) - adapters,
         adapters=adapters,
         merged=sum(value.nbytes for name, value in parameters.items() if name.endswith(".base_layer.weight")),
-        heads=parameter_bytes(policy.heads(n_critics)),
+        heads=parameter_bytes(heads),
+        linear=sum(weight.nbytes for weight in linear if weight.dtype == th.float32),
     )
 
 

@@ -7,14 +7,31 @@ which PyTorch ships as well, uses them.
 import functools
 import platform
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch as th
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 CPUINFO = Path("/proc/cpuinfo")
+# What weights are packed for, the rows of a step of writing; for any number it is no slower than not packed.
+ROWS = 32
+
+
+class Packed(NamedTuple):
+    """A weight in the order in which oneDNN reads it, which it would otherwise be brought into for every product."""
+
+    weight: Tensor
+    version: tuple[int, int]
+    """Address and version of what it was made of."""
+
+
+# Layers that may pack their weight, and what they packed last. Not in the layers: such a tensor cannot be copied.
+_packed: WeakKeyDictionary[nn.Module, Packed | None] = WeakKeyDictionary()
 
 
 @functools.cache
@@ -39,6 +56,24 @@ def accelerate(module: nn.Module) -> None:
                 layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
+@contextmanager
+def packing(module: nn.Module) -> Iterator[None]:
+    """Within it layers keep a packed copy of their weight for products that need no gradient: up to a third faster.
+
+    It is made when it is first needed, and again when the weight has changed as PyTorch sees it. Not every change is
+    one (fused optimizers, ``.data``), which is why copies do not outlive this.
+
+    :param module: accelerated by :func:`accelerate`; other layers are left as they are.
+    """
+    layers = [layer for layer in module.modules() if getattr(layer.forward, "__func__", None) is _forward]
+    _packed.update(dict.fromkeys(layers))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            _packed.pop(layer, None)
+
+
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     fits = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == th.float32
@@ -46,7 +81,16 @@ def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
         return linear(inputs, weight, bias)
     if th.is_grad_enabled():
         return _Linear.apply(inputs, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-    return _product(inputs, weight, bias)
+    return _product(inputs, _pack(layer) if layer in _packed else weight, bias)
+
+
+def _pack(layer: nn.Linear) -> Tensor:
+    version = layer.weight.data_ptr(), layer.weight._version
+    packed = _packed[layer]
+    if packed is None or packed.version != version:
+        packed = Packed(th.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS), version)
+        _packed[layer] = packed
+    return packed.weight
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

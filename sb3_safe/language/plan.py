@@ -31,6 +31,7 @@ from sb3_safe.language.footprint import (
     weight_bytes,
 )
 from sb3_safe.language.loading import default_dtype
+from sb3_safe.language.onednn import is_faster
 
 #: What is trained, as often as it is kept while an update is taken back: before it, and after it.
 WALK_BACK_COPIES = 2
@@ -108,6 +109,7 @@ def plan_memory(
     reward_model: Any = None,
     reward_batch_size: int = 32,
     reward_dtype: th.dtype | None = None,
+    packs: bool = False,
 ) -> MemoryPlan:
     """What a run will take, from configurations alone.
 
@@ -124,6 +126,8 @@ def plan_memory(
     :param reward_model: like ``model``, a sequence classifier; ``None``: texts are not scored by a model.
     :param reward_batch_size: texts scored at a time.
     :param reward_dtype: of its weights; ``None``: as they are stored.
+    :param packs: whether rollouts pack weights in float32, as they do on CPUs where oneDNN is faster; see
+        :mod:`~sb3_safe.language.onednn`.
     :raises ValueError: a configuration that cannot be read, an architecture that cannot be traced, or a size that is
         not positive.
     """
@@ -150,6 +154,7 @@ def plan_memory(
             reference=reference,
             gradient_checkpointing=gradient_checkpointing,
             optimizer_states=optimizer_states,
+            packs=packs,
             **sizes,
         )
     except (AttributeError, RuntimeError, TypeError) as error:  # a pass whose shapes depend on contents, among others
@@ -169,6 +174,7 @@ def _plan(
     n_critics: int,
     optimizer_states: int,
     reward_batch_size: int,
+    packs: bool,
 ) -> MemoryPlan:
     arguments = locals().copy()
     weights = weight_bytes(policy, n_critics)
@@ -195,6 +201,8 @@ def _plan(
         },
         "taking an update back": {"parameters to go back to": WALK_BACK_COPIES * weights.trained},
     }
+    if packs and weights.linear > 0:
+        phases["writing"]["packed weights"] = weights.linear
     if judge is not None:
         always["reward model"] = parameter_bytes(judge.build())
         (scoring,) = judge.in_depth(scoring_bytes, min(reward_batch_size, n_envs), max_length)
@@ -308,6 +316,7 @@ def check_run(algorithm: Any) -> None:
             reference=algorithm.controller.active and algorithm.kl_reference == "initial",
             gradient_checkpointing=settings.get("gradient_checkpointing", False),
             n_critics=settings.get("n_critics", 2),
+            packs=algorithm.device.type == "cpu" and is_faster(),
         )
     except ValueError as error:  # it may well run; nobody knows in how much memory
         warnings.warn(str(error), stacklevel=2)

@@ -22,7 +22,7 @@ from sb3_safe.language.buffer import SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
 from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
-from sb3_safe.language.onednn import accelerate
+from sb3_safe.language.onednn import accelerate, packing
 from sb3_safe.language.slots import PREFILL_ROWS, SlotCache, additive
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
@@ -242,10 +242,11 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
 
     @contextmanager
     def collecting(self, ended: Callable[[], np.ndarray | None]) -> Iterator[None]:
-        """Within it no value is computed to be thrown away."""
+        """Within it weights are packed where that makes writing faster, and no value is computed to be thrown away."""
         self._ended = ended
         try:
-            yield
+            with packing(self):
+                yield
         finally:
             self._ended = None
 
