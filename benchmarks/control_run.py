@@ -35,7 +35,10 @@ KL_SAMPLE = 1024
 """Actions of a rollout that the KL of its update is measured on."""
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib")
-SOURCES = ("safe", "functional", "controller", "policies", "buffers")
+SOURCES = (
+    "safe", "functional", "controller", "policies", "buffers", "trust_bound", "finite",
+    "fast_mlp", "fast_loss", "parallel_mlp",
+)  # fmt: skip
 """Modules of sb3_safe that decide a run's outcome."""
 
 # -- stress ------------------------------------------------------------------------------------------------------------
