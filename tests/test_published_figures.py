@@ -33,7 +33,18 @@ def test_ratios_on_text_are_those_measured() -> None:
     assert language.table(results) in README
 
 
-@pytest.mark.parametrize(("setting", "label"), [("tuned", "tuned"), ("lr-x5", "rate x 5"), ("lr-x20", "rate x 20")])
+@pytest.mark.parametrize(
+    ("setting", "label"),
+    [
+        ("tuned", "tuned (5 tasks)"),
+        ("lr-x5", "rate x 5"),
+        ("lr-x20", "rate x 20"),
+        ("clip-1", "clip range 1"),
+        ("epochs-x4", "epochs x 4"),
+        ("reward-noise", "reward noise"),
+        ("biased-critic", "biased critic"),
+    ],
+)
 def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, label: str) -> None:
     summary = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())
     figures = summary["settings"][setting]["aggregate"]["all tasks"]
