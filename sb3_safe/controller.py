@@ -164,7 +164,7 @@ class SafeController(KLController):
     def __init__(
         self,
         coef: float = 0.1,
-        price: float = 0.1,
+        price: float = 0.05,
         tau_base: float = 0.3,
         threshold: Threshold = "earned",
         max_step: float = 1 / 30,
