@@ -57,8 +57,21 @@ def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, 
     assert f"| {' | '.join([label, *cells, *crashes])} |" in README
 
 
-@pytest.mark.parametrize("task", ["embedded", "length", "sparse"])
-def test_gold_scores_are_those_of_the_report(task: str) -> None:
+@pytest.mark.parametrize(("setting", "label"), [("tuned", "tuned"), ("lr-x3", "rate x 3"), ("lr-x10", "rate x 10")])
+def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str) -> None:
+    summary = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
+    both = [summary["settings"][setting]["embedded"][method] for method in ("ppo-kl", "safe")]
+    cells = [
+        "{:.2f} [{:.2f}, {:.2f}]".format(*figures[what])
+        for what in ("final_gold", "average_reward")
+        for figures in both
+    ]
+    cells += [f"{figures['kl_per_text']:.1f}" for figures in both] + [str(figures["crashes"]) for figures in both]
+    assert f"| {' | '.join([label, *cells])} |" in README
+
+
+@pytest.mark.parametrize("task", ["length", "sparse"])
+def test_gold_scores_of_the_quick_runs_are_those_of_the_report(task: str) -> None:
     settings = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())["settings"]
     cells = [
         f"{settings[setting][task][method]['final_gold'][0]:.2f}"
