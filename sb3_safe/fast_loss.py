@@ -125,7 +125,7 @@ class Objective(NamedTuple):
         within = np.minimum(np.maximum(difference, -self.huber_delta), self.huber_delta)
         return within * (2 * difference - within), 2 * within
 
-    def _penalty(self, drift: Array, ratio: Array, not_clamped: NDArray[np.bool]) -> tuple[Array, Array]:
+    def _penalty(self, drift: Array, ratio: Array, not_clamped: NDArray[np.bool_]) -> tuple[Array, Array]:
         """KL to the initial policy ``[B]``, and its slope."""
         if self.kl_estimator == "k2":
             return 0.5 * drift * drift, drift
