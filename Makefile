@@ -45,7 +45,7 @@ bench-speed: $(INSTALLED)bench .venv-sbx/bin/python
 	$(BIN)/python benchmarks/speed.py
 
 bench-language: $(INSTALLED)bench
-	$(BIN)/python benchmarks/language.py
+	$(BIN)/python benchmarks/language.py $(BENCH_ARGS)
 
 bench-control: $(INSTALLED)bench
 	$(BIN)/python benchmarks/control.py run --suite tuned $(BENCH_ARGS)

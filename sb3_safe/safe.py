@@ -50,6 +50,8 @@ CONTROLLER_DEFAULTS: dict[Reference, dict[str, float]] = {
 # Nats per action. A text has many actions, whose distances add up.
 MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
 RETURN_SCALE_DECAY = 0.9
+LOSS = ("_loss", "_kl_term")
+"""Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
 
 
 class SAFE(OnPolicyAlgorithm):
@@ -467,7 +469,8 @@ class SAFE(OnPolicyAlgorithm):
         :return: means over all its actions, for the log.
         """
         self.policy.optimizer.zero_grad()
-        own_loss = getattr(self._loss, "__func__", None) is not SAFE._loss
+        # A subclass's own loss is known to nobody else.
+        own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
         if len(pieces) == 1 and not own_loss:
             fast: dict[str, float] | None = self.policy.fast_gradient(pieces[0], self._objective())
             if fast is not None:
@@ -498,8 +501,11 @@ class SAFE(OnPolicyAlgorithm):
             ent_coef=self.ent_coef,
             kl_estimator=self.kl_estimator,
             kl_coefficient=self.controller.coefficient,
-            trains_policy=self._n_updates >= self.critic_warmup * self.n_epochs,
+            trains_policy=self._trains_policy(),
         )
+
+    def _trains_policy(self) -> bool:
+        return self._n_updates >= self.critic_warmup * self.n_epochs
 
     def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
         """The loss of a minibatch ``[]``, and means over its actions for the log."""
@@ -511,7 +517,7 @@ class SAFE(OnPolicyAlgorithm):
         error = functional.critic_error(values, batch.returns, self._delta, batch.old_critic_values, self._clip_vf)
         # Everything is a mean over actions, so it is added up per action and reduced once.
         loss = self.vf_coef * error
-        trains_policy = self._n_updates >= self.critic_warmup * self.n_epochs
+        trains_policy = self._trains_policy()
         if trains_policy:
             loss = surrogate + loss
         if self.ent_coef != 0 and trains_policy:

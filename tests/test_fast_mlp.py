@@ -334,6 +334,18 @@ def test_a_loss_of_ones_own_is_minimised():
     assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
 
 
+def test_a_kl_term_of_ones_own_is_asked_for():
+    asked: list[int] = []
+
+    class OwnTerm(SAFE):
+        def _kl_term(self, batch: SafeSamples, *args: Any) -> Any:
+            asked.append(len(batch.actions))
+            return super()._kl_term(batch, *args)
+
+    OwnTerm("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=16, n_epochs=1, **penalised(2.0)).learn(32)
+    assert asked == [16, 16]
+
+
 # -- learning ------------------------------------------------------------------------------------------------------
 
 

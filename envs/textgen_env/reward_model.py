@@ -211,9 +211,11 @@ def load_classifier(name: str, device: str = "auto", model_kwargs: Mapping[str, 
         # transformers only warns, and goes on with a random head.
         if missing := sorted(report["missing_keys"]):
             own_code = "AutoModelForSequenceClassification" in (getattr(model.config, "auto_map", None) or {})
+            of_adapter = any(".modules_to_save." in key for key in missing)
             raise ValueError(
                 f"it is not a reward model: its checkpoint lacks {', '.join(missing[:4])}"
                 + (", and the code that comes with it needs trust_remote_code" if own_code else "")
+                + (", the head that its adapter brings along: update to transformers 5.23" if of_adapter else "")
             )
         model.config.use_cache = False  # keys and values would be kept for nothing
         return model if "device_map" in arguments else model.to(device)

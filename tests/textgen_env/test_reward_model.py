@@ -337,7 +337,6 @@ def test_prompts_that_leave_the_reward_model_no_room_are_refused_before_the_firs
         model(["Hotel review:" * 9], [""])
 
 
-@pytest.mark.skipif(OLD, reason="transformers before 5.23 does not load the head that an adapter brings along")
 def test_an_adapter_with_its_head_is_a_reward_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = checkpoints.language_model(tmp_path / "base", "llama")
@@ -347,6 +346,10 @@ def test_an_adapter_with_its_head_is_a_reward_model(tmp_path: Path) -> None:
     adapted = peft.get_peft_model(whole, peft.LoraConfig(task_type="SEQ_CLS", r=2))
     adapted.save_pretrained(tmp_path / "adapter")
     checkpoints.llama3_tokenizer().save_pretrained(tmp_path / "adapter")
+    if OLD:  # such a transformers does not load the head
+        with pytest.raises(ValueError, match=r"brings along: update to transformers 5\.23"):
+            RewardModel(str(tmp_path / "adapter"), model_kwargs={"num_labels": 1})
+        return
     model = RewardModel(str(tmp_path / "adapter"), model_kwargs={"num_labels": 1})
     ids = model.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
     with torch.no_grad():
