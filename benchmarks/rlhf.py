@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
     tasks, methods = options.tasks or suite.tasks, options.methods or suite.methods
     for seed in range(options.seeds or suite.seeds):
         for setting, task, method in itertools.product(options.settings or suite.settings, tasks, methods):
-            first = TUNING_SEED if setting == "tuning" else 0
+            first = TUNING_SEED if setting.startswith("tuning") else 0
             yield run_of(setting, task, resolved(method, task, tuned), first + seed, options.iterations)
 
 

@@ -39,6 +39,7 @@ SETTINGS = {
     "lr-x10": Setting(rate=10.0),
     # On seeds of its own, from TUNING_SEED on.
     "tuning": Setting(),
+    "tuning-x10": Setting(rate=10.0),
     "quick": Setting(rate=3.0, iterations=150),
     "quick-x10": Setting(rate=10.0, iterations=150),
 }
@@ -75,6 +76,8 @@ COEFFICIENTS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Of the KL in PPO's reward, units of reward per nat."""
 TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Of the adaptive coefficient, nats per token."""
+PRICES = (0.03, 0.05, 0.1)
+"""Of SAFE, units of the reward's spread per nat: what its default was chosen from."""
 
 
 def kl_in_reward(controller: str, **arguments: float) -> Method:
@@ -97,6 +100,7 @@ METHODS: dict[str, Method] = {
     "published": (PublishedSAFE, {"kl_controller": "none", "max_preview_kl": None}),
     **FAMILIES["ppo-kl"],
     **FAMILIES["ppo-adaptive"],
+    **{f"safe-price-{p:g}": (SAFE, {"kl_controller_kwargs": {"price": p}}) for p in PRICES},
     **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
 }
 
