@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from control_settings import VARIANTS
 from rlhf_run import RESULTS, START_FILE, measure_start
-from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING_SEED, described, resolved, run_of
+from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING, TUNING_SEED, described, resolved, run_of
 from rlhf_tasks import TASKS
 from runs import Run, run_missing
 
@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
     tasks, methods = options.tasks or suite.tasks, options.methods or suite.methods
     for seed in range(options.seeds or suite.seeds):
         for setting, task, method in itertools.product(options.settings or suite.settings, tasks, methods):
-            first = TUNING_SEED if setting.startswith("tuning") else 0
+            first = TUNING_SEED if setting in TUNING else 0
             yield run_of(setting, task, resolved(method, task, tuned), first + seed, options.iterations)
 
 

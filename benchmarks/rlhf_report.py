@@ -32,7 +32,7 @@ from reporting import Runs, digits, estimate, median, number, prepare_plots, rea
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
-from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, resolved
+from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING, resolved
 from rlhf_tasks import TASKS
 from runs import write_json
 
@@ -95,16 +95,18 @@ def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, f
 def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
     """The best member of every family that was tuned completely, and what tuning showed.
 
-    :return: task -> family -> method, and task -> method -> mean final gold and number of seeds.
+    :return: task -> family -> method, and by setting and task, method -> mean final gold and number of seeds.
     """
     best: dict[str, dict[str, str]] = {}
     table: dict[str, Any] = {}
-    for task, methods in runs.get("tuning", {}).items():
+    for setting, task, methods in ((s, task, methods) for s in TUNING for task, methods in runs.get(s, {}).items()):
         gold = {m: [measures(result, start[task])["final_gold"] for result in rs] for m, rs in methods.items()}
         means = {m: float(np.mean(values)) for m, values in gold.items()}
-        table[task] = {m: {"final_gold": digits(means[m]), "seeds": len(gold[m])} for m in sorted(gold, key=_order)}
-        complete = {family: members for family, members in FAMILIES.items() if set(members) <= set(means)}
-        best[task] = {family: max(members, key=lambda m: means[m]) for family, members in complete.items()}
+        ordered = sorted(gold, key=_order)
+        table[f"{setting}: {task}"] = {m: {"final_gold": digits(means[m]), "seeds": len(gold[m])} for m in ordered}
+        if setting == "tuning":
+            complete = {family: members for family, members in FAMILIES.items() if set(members) <= set(means)}
+            best[task] = {family: max(members, key=lambda m: means[m]) for family, members in complete.items()}
     return best, table
 
 
@@ -122,7 +124,7 @@ class Report:
 
     def __init__(self, runs: Runs, start: Mapping[str, Any], tuned: Tuned) -> None:
         self.start, self.tuned = start, tuned
-        settings = [name for name in SETTINGS if name in runs and name != "tuning"]
+        settings = [name for name in SETTINGS if name in runs and name not in TUNING]
         self.runs: Runs = {
             setting: {
                 task: self._labelled(task, runs[setting][task]) for task in TASKS if task in runs[setting]
@@ -220,7 +222,7 @@ def tables(summary: Mapping[str, Any], tuning: Mapping[str, Any], start: Mapping
     if tuning:
         lines += ["", "## Tuning: mean final gold (seeds)", "", "| method | " + " | ".join(tuning) + " |"]
         lines.append("|---" * (len(tuning) + 1) + "|")
-        for method in (member for members in FAMILIES.values() for member in members):
+        for method in (name for name in METHODS if any(name in rows for rows in tuning.values())):
             found = [rows.get(method) for rows in tuning.values()]
             cells = ["-" if row is None else f"{row['final_gold']:.3f} ({row['seeds']})" for row in found]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")

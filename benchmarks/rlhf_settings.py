@@ -43,6 +43,8 @@ SETTINGS = {
     "quick": Setting(rate=3.0, iterations=150),
     "quick-x10": Setting(rate=10.0, iterations=150),
 }
+TUNING = ("tuning", "tuning-x10")
+"""Settings that choose; what is chosen is compared on the others."""
 TUNING_SEED = 100
 TUNED_FILE = "tuned.json"
 """In the folder of the results: the member of each family that is best at each task."""

@@ -12,10 +12,11 @@ from textgen_env.rewards import EMBEDDED_REWARD_MODEL, RewardFunction
 
 LENGTH_BONUS = 0.1
 """Reward for a token, in standard deviations of the reward model's scores."""
-REQUIRED = ("not", "!")
-"""What a text of the sparse task must contain: 1 in 50 of the untrained model's does.
+REQUIRED = ("my", "not")
+"""What a text of the sparse task must contain: 1 in 15 of the untrained model's does, about one in an iteration.
 
-Rarer words make it a lottery, decided by what a policy drifts to before its first reward.
+Rarer words make it a lottery, decided by what a policy drifts to before its first reward: with words
+that 1 in 50 contains nothing was learned by anything.
 """
 PROMPTS = (
     "Hotel review:",

@@ -93,9 +93,9 @@ def test_a_familys_name_stands_for_the_member_tuned_to_the_task() -> None:
 def test_the_sparse_task_pays_for_all_words_and_its_gold_for_sentences_too() -> None:
     prompts = ["Hotel review:"] * 4
     texts = [
-        " What a lovely room! The pool was not great.",
-        " What a lovely room! I liked the pool.",
-        " not ! not !",
+        " What a lovely room! My friend did not like the pool.",
+        " What a lovely room! My friend liked the pool.",
+        " not my not my",
         "",
     ]
     assert rlhf_tasks.required_words(prompts, texts) == [1, 0, 1, 0]
@@ -198,7 +198,7 @@ def test_the_best_member_of_a_family_is_chosen_once_all_have_been_tried() -> Non
     tried = {method: [result_with([0.5 + 0.1 * i] * 10)] for i, method in enumerate(FAMILIES["ppo-kl"])}
     best, table = rlhf_report.tuned_methods({"tuning": {"length": tried}}, {"length": START})
     assert best == {"length": {"ppo-kl": "ppo-kl-0.2"}}
-    assert table["length"]["ppo-kl-0.01"] == {"final_gold": 0.5, "seeds": 1}
+    assert table["tuning: length"]["ppo-kl-0.01"] == {"final_gold": 0.5, "seeds": 1}
     del tried["ppo-kl-0.01"]
     assert rlhf_report.tuned_methods({"tuning": {"length": tried}}, {"length": START})[0] == {"length": {}}
 
