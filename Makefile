@@ -42,7 +42,7 @@ docs: $(INSTALLED)docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench-speed: $(INSTALLED)bench .venv-sbx/bin/python
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
 bench-language: $(INSTALLED)bench
 	$(BIN)/python benchmarks/language.py $(BENCH_ARGS)

@@ -2,9 +2,12 @@
 
     python benchmarks/speed.py [--threads 1] [--repeats 5] [--sbx PYTHON] [--only cartpole-1 ...]
 
-One process a measurement, one after the other, in turns, so that a busy machine slows all alike; CPU seconds, not wall
-seconds, of an iteration (rollout and update) once everything is warm. SBX brings JAX and lives in an environment of its
-own: `make bench-speed` creates it. Results go to benchmarks/results/speed.json.
+One process a measurement, one after the other, in turns, so that a busy machine slows all alike; seconds of an
+iteration (rollout and update) once everything is warm. With one thread CPU seconds count; with more, wall seconds,
+because threads that wait for one another use the CPU too, so the machine must be otherwise idle.
+
+SBX brings JAX and lives in an environment of its own: `make bench-speed` creates it. Results go to
+benchmarks/results/speed.json, or with more threads to speed-threads-N.json.
 """
 
 import argparse
@@ -15,10 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "speed.json"
+RESULTS = Path(__file__).parent / "results"
 
 # Hyperparameters: SB3's defaults for the first, the RL Zoo's for the others (without gSDE, which SBX does not have).
 TASKS: dict[str, dict[str, Any]] = {
@@ -49,7 +53,10 @@ TASKS: dict[str, dict[str, Any]] = {
 SAFE_OFF = {"huber_delta": None, "kl_controller": "none", "max_preview_kl": None}
 
 
-def make_env(task: dict[str, Any]) -> Any:
+Clock = Callable[[], float]
+
+
+def make_env(task: dict[str, Any], clock: Clock) -> Any:
     """The vector environment of a task, with the seconds its steps take counted in ``.seconds``."""
     import gymnasium as gym
     import numpy as np
@@ -78,19 +85,19 @@ def make_env(task: dict[str, Any]) -> Any:
     step = env.step
 
     def timed(actions):
-        start = time.process_time()
+        start = clock()
         try:
             return step(actions)
         finally:
-            env.seconds += time.process_time() - start
+            env.seconds += clock() - start
 
     env.seconds, env.step = 0.0, timed
     return env
 
 
-def make_model(algorithm: str, task: dict[str, Any]) -> Any:
+def make_model(algorithm: str, task: dict[str, Any], clock: Clock) -> Any:
     """An algorithm on a task; ``safe-off`` is SAFE with every layer off."""
-    env, kwargs = make_env(task), dict(task["ppo"]) | {"seed": 0}
+    env, kwargs = make_env(task, clock), dict(task["ppo"]) | {"seed": 0}
     policy = task.get("policy", "MlpPolicy")
     policy_kwargs: dict[str, Any] = {"net_arch": task["net_arch"]} if "net_arch" in task else {}
     if algorithm == "sbx":
@@ -113,8 +120,8 @@ def make_model(algorithm: str, task: dict[str, Any]) -> Any:
 
 
 def measure(algorithm: str, name: str, threads: int) -> dict[str, float]:
-    """CPU seconds per environment step of one algorithm on one task: in all, in the environment, acting, updating."""
-    task = TASKS[name]
+    """Seconds per environment step of one algorithm on one task: in all, in the environment, acting, updating."""
+    task, clock = TASKS[name], time.process_time if threads == 1 else time.perf_counter
     if algorithm != "sbx":
         import torch as th
 
@@ -122,25 +129,25 @@ def measure(algorithm: str, name: str, threads: int) -> dict[str, float]:
     if algorithm == "loop":
         from plain_loop import PlainLoop
 
-        model: Any = PlainLoop(make_env(task), task)
+        model: Any = PlainLoop(make_env(task, clock), task)
     else:
-        model = make_model(algorithm, task)
+        model = make_model(algorithm, task, clock)
     update = {"seconds": 0.0}
     train = model.train
 
     def timed_train() -> None:
-        start = time.process_time()
+        start = clock()
         train()
-        update["seconds"] += time.process_time() - start
+        update["seconds"] += clock() - start
 
     model.train = timed_train
     steps_per_iteration = model.n_steps * task["n_envs"]
     model.learn(2 * steps_per_iteration)  # warm: allocations, and JAX's compilation
     update["seconds"] = model.env.seconds = 0.0
-    start = time.process_time()
+    start = clock()
     model.learn(task["iterations"] * steps_per_iteration, reset_num_timesteps=False)
     steps = task["iterations"] * steps_per_iteration
-    total = time.process_time() - start
+    total = clock() - start
     return {
         "total": total / steps,
         "env": model.env.seconds / steps,
@@ -169,7 +176,7 @@ def run(algorithm: str, name: str, threads: int, sbx_python: str) -> dict[str, f
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: env steps per CPU second, over SB3's PPO, and shares of the time."""
+    """Markdown: env steps per second, over SB3's PPO, and shares of the time."""
     lines = [
         "| task | algorithm | steps/s | x SB3 PPO | env | acting | update |",
         "|---|---|---|---|---|---|---|",
@@ -193,12 +200,14 @@ def main() -> None:
     parser.add_argument("--sbx", default=".venv-sbx/bin/python", help="python of an environment with sbx-rl")
     parser.add_argument("--only", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--algorithms", nargs="*", default=["ppo", "safe", "safe-off", "loop", "sbx"])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--measure", nargs=2, metavar=("ALGORITHM", "TASK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure, arguments.threads)))
         return
+    suffix = "" if arguments.threads == 1 else f"-threads-{arguments.threads}"
+    out = arguments.out or RESULTS / f"speed{suffix}.json"
     algorithms = [a for a in arguments.algorithms if a != "sbx" or Path(arguments.sbx).exists()]
     results: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
@@ -211,8 +220,8 @@ def main() -> None:
                 row = run(algorithm, name, arguments.threads, arguments.sbx)
                 if row is not None:
                     results["tasks"][name][algorithm].append(row)
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"after repeat {repeat + 1}:\n{table(results)}\n", flush=True)
 
 
