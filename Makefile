@@ -58,6 +58,7 @@ bench-rlhf: $(INSTALLED)bench
 	$(BIN)/python benchmarks/rlhf.py report
 	$(BIN)/python benchmarks/rlhf.py run --suite main $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite strength $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py report
 
 bench-rlhf-quick: $(INSTALLED)bench

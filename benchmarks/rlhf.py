@@ -1,7 +1,7 @@
 """RLHF laboratory: does SAFE hold where PPO breaks on language? Three small tasks with a proxy and a gold score.
 
-    python benchmarks/rlhf.py run [--suite tuning|main|ablation|quick] [--tasks ...] [--methods ...] [--settings ...]
-                                  [--seeds 10] [--workers 2] [--time-limit SECONDS]
+    python benchmarks/rlhf.py run [--suite tuning|main|ablation|strength|quick] [--tasks ...] [--methods ...]
+                                  [--settings ...] [--seeds 10] [--workers 2] [--time-limit SECONDS]
     python benchmarks/rlhf.py run --quick
     python benchmarks/rlhf.py report
     python benchmarks/rlhf.py start
@@ -46,6 +46,8 @@ SUITES = {
     # Its runs of ppo and safe are those of the main suite.
     "ablation": Suite(("lr-x3",), ("embedded",),
                       ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
+    # How much depends on SAFE's one coefficient; its default is among the main suite's.
+    "strength": Suite(("lr-x3",), ("embedded",), ("safe-coef-0.02", "safe-coef-0.4"), seeds=5),
     "quick": Suite(("quick", "quick-x10"), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=1),
 }  # fmt: skip
 

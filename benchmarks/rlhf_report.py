@@ -41,7 +41,7 @@ from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
 Tuned = Mapping[str, Mapping[str, str]]
 
 ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *VARIANTS, *METHODS)
-SHOWN = ("ppo", "ppo-kl", "safe")
+SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "safe")
 """Whose samples are put side by side."""
 LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")
 SIGNIFICANT = 3.0

@@ -80,6 +80,8 @@ TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Of the adaptive coefficient, nats per token."""
 PRICES = (0.03, 0.05, 0.1)
 """Of SAFE, units of the reward's spread per nat: what its default was chosen from."""
+STRENGTHS = (0.02, 0.4)
+"""Of SAFE's penalty above the threshold: a range of 20 times around its default."""
 
 
 def kl_in_reward(controller: str, **arguments: float) -> Method:
@@ -103,6 +105,7 @@ METHODS: dict[str, Method] = {
     **FAMILIES["ppo-kl"],
     **FAMILIES["ppo-adaptive"],
     **{f"safe-price-{p:g}": (SAFE, {"kl_controller_kwargs": {"price": p}}) for p in PRICES},
+    **{f"safe-coef-{c:g}": (SAFE, {"kl_controller_kwargs": {"coef": c}}) for c in STRENGTHS},
     **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
 }
 
