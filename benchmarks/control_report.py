@@ -13,8 +13,8 @@ them, for a run with points (steps t_i, mean true return r_i of the n_i episodes
 - a run that stopped at NaN counts as the random policy from there on
 - normalised: 0 is a random policy, 1 the RL Zoo's published PPO
 
-Intervals are 95 % stratified bootstrap. Figures over several tasks take as many seeds of each as all of them have, so
-that tasks count alike.
+Intervals are 95 % stratified bootstrap. IQMs over several tasks take as many seeds of each as all of them have, so that
+tasks count alike; probabilities of improvement and profiles, where they do anyway, take all runs.
 """
 
 import json
@@ -109,10 +109,8 @@ class Report:
         return np.array([run[name] for run in self.measures[setting][task][algorithm]], dtype=np.float64)
 
     def scores(self, setting: str, tasks: Sequence[str], algorithm: str, name: str) -> list[FloatArray]:
-        """A figure of several tasks, normalised where it is a score, as many seeds of each."""
+        """A figure of several tasks, normalised where it is a score: an array of runs for each."""
         columns = [self.column(setting, task, algorithm, name) for task in tasks]
-        count = min(map(len, columns))
-        columns = [column[:count] for column in columns]
         if name in SCORES:
             return [self.normalised(task, column) for task, column in zip(tasks, columns, strict=True)]
         if name.startswith("dispersion"):
@@ -142,14 +140,15 @@ class Report:
             row: dict[str, Any] = {"runs": [len(algorithms[algorithm]) for algorithms in by_task]}
             for name in SCORES:
                 ours = self.scores(setting, tasks, algorithm, name)
-                row[name] = estimate(ours)
+                row[name] = estimate(as_many(ours))
                 if algorithm != "ppo" and all("ppo" in algorithms for algorithms in by_task):
                     theirs = self.scores(setting, tasks, "ppo", name)
                     low, high = interval(probability_of_improvement, ours, theirs)
                     value = probability_of_improvement(ours, theirs)
                     row[f"improvement_{name}"] = [digits(float(v)) for v in (value, low, high)]
             for name in ("dispersion", "dispersion_net"):
-                known = [column[np.isfinite(column)] for column in self.scores(setting, tasks, algorithm, name)]
+                scores = as_many(self.scores(setting, tasks, algorithm, name))
+                known = [column[np.isfinite(column)] for column in scores]
                 row[name] = digits(float(iqm(known))) if all(map(len, known)) else None
             rows[algorithm] = row | self.counts(setting, tasks, algorithm)
         return rows
@@ -176,6 +175,12 @@ class Report:
             aggregates = {name: {"tasks": group} | self.aggregate(setting, group) for name, group in groups.items()}
             summary[setting] = {"tasks": rows, "aggregate": aggregates}
         return summary
+
+
+def as_many(scores: Sequence[FloatArray]) -> list[FloatArray]:
+    """The first runs of each task, as many as there are of all: an IQM over tasks would weigh them by their runs."""
+    count = min(map(len, scores))
+    return [column[:count] for column in scores]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
