@@ -57,25 +57,23 @@ def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, 
     assert f"| {' | '.join([label, *cells, *crashes])} |" in README
 
 
+@pytest.mark.parametrize("task", ["embedded", "length", "sparse"])
 @pytest.mark.parametrize(("setting", "label"), [("tuned", "tuned"), ("lr-x3", "rate x 3"), ("lr-x10", "rate x 10")])
-def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str) -> None:
+def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str, task: str) -> None:
     summary = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
-    both = [summary["settings"][setting]["embedded"][method] for method in ("ppo-kl", "safe")]
+    both = [summary["settings"][setting][task][method] for method in ("ppo-kl", "safe")]
     cells = [
         "{:.2f} [{:.2f}, {:.2f}]".format(*figures[what])
         for what in ("final_gold", "average_reward")
         for figures in both
     ]
     cells += [f"{figures['kl_per_text']:.1f}" for figures in both] + [str(figures["crashes"]) for figures in both]
-    assert f"| {' | '.join([label, *cells])} |" in README
+    (seeds,) = {figures["seeds"] for figures in both}
+    assert f"| {' | '.join([f'{task}, {label}', str(seeds), *cells])} |" in README
 
 
-@pytest.mark.parametrize("task", ["length"])
-def test_gold_scores_of_the_quick_runs_are_those_of_the_report(task: str) -> None:
-    settings = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())["settings"]
-    cells = [
-        f"{settings[setting][task][method]['final_gold'][0]:.2f}"
-        for setting in ("quick", "quick-x10")
-        for method in ("ppo", "ppo-kl-0.1", "safe")
-    ]
-    assert f"| {task} | {' | '.join(cells)} |" in README
+def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
+    tuning = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())["tuning"]["tuning-x10: embedded"]
+    ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
+    safe = min(figures["final_gold"] for name, figures in tuning.items() if name.startswith("safe"))
+    assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in README
