@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTROL = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())["settings"]
+LANGUAGE = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
 ROWS = {"SAFE": "safe", "SAFE, all layers off": "safe-off", "SBX PPO (JAX)": "sbx", "single-file loop": "loop"}
 COLUMNS = ["cartpole-1", "cartpole-8", "pendulum-4", "halfcheetah", "images"]
 
@@ -46,8 +48,8 @@ def test_ratios_on_text_are_those_measured() -> None:
     ],
 )
 def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, label: str) -> None:
-    summary = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())
-    figures = summary["settings"][setting]["aggregate"]["all tasks"]
+    groups = CONTROL[setting]["aggregate"]
+    figures = groups.get("small tasks", groups["all tasks"])
     cells = [
         "{:.2f} [{:.2f}, {:.2f}]".format(*figures[algorithm][what])
         for what in ("final", "average")
@@ -57,11 +59,33 @@ def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, 
     assert f"| {' | '.join([label, *cells, *crashes])} |" in README
 
 
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"])
+def test_returns_on_larger_tasks_are_those_of_the_report(task: str) -> None:
+    both = [CONTROL["tuned"]["tasks"][task][algorithm] for algorithm in ("ppo", "safe")]
+    assert [row["seeds"] for row in both] == [1, 1]
+    cells = [f"{row[what][0]:.0f}" for what in ("final", "average") for row in both]
+    cells += [f"{row[what]:.0f}" for what in ("dispersion", "crashes", "cpu_seconds") for row in both]
+    assert f"| {' | '.join([task, *cells])} |" in README
+
+
+def test_final_returns_layer_by_layer_are_those_of_the_report() -> None:
+    rows = next(group for group in CONTROL["lr-x5"]["aggregate"].values() if "safe-off" in group)
+    final = {name: f"{row['final'][0]:.2f}" for name, row in rows.items() if name != "tasks"}
+    text = " ".join(README.split())
+    assert f"with all layers off the final return is {final['safe-off']};" in text
+    assert (
+        f"with the soft-min alone {final['only-soft-min']}, the bound alone {final['only-preview']}, the Huber loss "
+        f"alone {final['only-huber']}, the penalty alone {final['only-penalty']}. Without the penalty it is "
+        f"{final['safe-no-penalty']}, without any other layer 0.99 or 1.00"
+    ) in text
+    others = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate", "safe-no-preview", "safe-constant")
+    assert {final[name] for name in others} == {"0.99", "1.00"}
+
+
 @pytest.mark.parametrize("task", ["embedded", "length", "sparse"])
 @pytest.mark.parametrize(("setting", "label"), [("tuned", "tuned"), ("lr-x3", "rate x 3"), ("lr-x10", "rate x 10")])
 def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str, task: str) -> None:
-    summary = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
-    both = [summary["settings"][setting][task][method] for method in ("ppo-kl", "safe")]
+    both = [LANGUAGE["settings"][setting][task][method] for method in ("ppo-kl", "safe")]
     cells = [
         "{:.2f} [{:.2f}, {:.2f}]".format(*figures[what])
         for what in ("final_gold", "average_reward")
@@ -73,7 +97,7 @@ def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str, task: 
 
 
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
-    tuning = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())["tuning"]["tuning-x10: embedded"]
+    tuning = LANGUAGE["tuning"]["tuning-x10: embedded"]
     ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
     safe = min(figures["final_gold"] for name, figures in tuning.items() if name.startswith("safe"))
     assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in README
