@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from reporting import save
 from rl_statistics import FloatArray, interval, iqm
-from rlhf_settings import TOKENS
+from rlhf_settings import SETTINGS, TOKENS
 
 from sb3_safe.stability import smooth
 
@@ -19,7 +19,7 @@ COLOURS = {
     "ppo-target-kl": "tab:purple", "published": "tab:gray",
 }  # fmt: skip
 NAMES = {"safe": "SAFE", "ppo": "PPO", "ppo-kl": "PPO, tuned KL in the reward"}
-HEADLINE = ("lr-x3", "quick", "tuned")
+HEADLINE = ("lr-x10", "quick-x10", "lr-x3", "quick", "tuned")
 """The setting of the headline figure: the first of these that has runs."""
 GRID = 100
 REPETITIONS = 500
@@ -37,8 +37,7 @@ def draw(curves: Curves, start: Mapping[str, Any], folder: Path) -> None:
         _frontier(tasks, start, folder / f"frontier-{setting}")
     setting = next((name for name in HEADLINE if name in curves), None)
     if setting is not None:
-        task, methods = next(iter(curves[setting].items()))
-        _headline(methods, start[task]["gold"], folder / "headline")
+        _headline(curves[setting], start, SETTINGS[setting].rate, folder / "headline")
 
 
 def _on_grid(runs: Runs, name: str, start: float) -> tuple[FloatArray, FloatArray]:
@@ -51,15 +50,13 @@ def _on_grid(runs: Runs, name: str, start: float) -> tuple[FloatArray, FloatArra
     return grid / TOKENS, np.stack(lines, axis=-1)
 
 
-def _band(axis: Any, runs: Runs, name: str, start: float, colour: str, label: str = "") -> tuple[float, float]:
-    """Draw the IQM over runs with its interval; where the line ends."""
+def _band(axis: Any, runs: Runs, name: str, start: float, colour: str, label: str) -> None:
+    """Draw the IQM over runs with its interval."""
     grid, lines = _on_grid(runs, name, start)
     # The bootstrap resamples whole runs, along the last axis.
     low, high = interval(iqm, [lines], repetitions=REPETITIONS)
-    centre = iqm([lines])
-    axis.plot(grid, centre, color=colour, label=label, lw=1.6)
+    axis.plot(grid, iqm([lines]), color=colour, label=label, lw=1.6)
     axis.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
-    return float(grid[-1]), float(centre[-1])
 
 
 def _training(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) -> None:
@@ -107,22 +104,21 @@ def _frontier(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) ->
     save(figure, path)
 
 
-def _headline(methods: Mapping[str, Any], untrained: float, path: Path) -> None:
-    """Gold over training, each line with its name at its end."""
+def _headline(tasks: Mapping[str, Any], start: Mapping[str, Any], rate: float, path: Path) -> None:
+    """Gold over training, a panel per task, the lines named once."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axis.axhline(untrained, color="grey", lw=0.8, ls=":")
-    right = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-    axis.text(0.9, untrained, "untrained", fontsize=8, color="grey", **right)
-    shown = [method for method in NAMES if method in methods]
-    ends = {method: _band(axis, methods[method], "gold", untrained, COLOURS[method]) for method in shown}
-    height = -1.0
-    for method in sorted(shown, key=lambda method: ends[method][1]):
-        last, end = ends[method]
-        height = max(end, height + 0.07)  # names do not lie on one another
-        place = {"xytext": (last, height), "va": "center", "color": COLOURS[method]}
-        axis.annotate(f" {NAMES[method]}", (last, end), annotation_clip=False, **place)
-    axis.set(xlabel="iteration", ylabel="true quality (gold score)", ylim=(0, 1))
-    axis.spines[["top", "right"]].set_visible(False)
+    shape = {"figsize": (3.2 * len(tasks) + 1, 3.2), "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(tasks), **shape)
+    for axis, (task, methods) in zip(axes[0], tasks.items(), strict=True):
+        axis.set_title(task, fontsize=10)
+        axis.axhline(start[task]["gold"], color="grey", lw=0.8, ls=":")
+        for method in (name for name in NAMES if name in methods):
+            _band(axis, methods[method], "gold", start[task]["gold"], COLOURS[method], NAMES[method])
+        axis.set(xlabel="iteration", ylim=(0, 1))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("true quality (gold score)")
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    title = f"{rate:g} times the learning rate at which PPO was tuned (dotted: untrained)"
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=len(lines), frameon=False, title=title)
     save(figure, path)
