@@ -8,14 +8,16 @@ Shapes: ``B`` actions, ``K`` critics, ``N = K + 1`` networks side by side with t
 actor. The batch comes last where a reduction is over another axis, for which NumPy is fast in this order only.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
+from threadpoolctl import LibController, ThreadpoolController
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,6 +27,8 @@ from sb3_safe.parallel_mlp import ParallelMlp
 
 Array = NDArray[np.float32]
 ScoreGradient = Callable[[Array, Array | None], list[Array]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Activation(NamedTuple):
@@ -43,6 +47,35 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 GENERAL_PATH = ("evaluate", "get_distribution", "aggregate", "_latents", "_values", "_used_value", "_act", "_score")
+MAX_WEIGHTS = 1_000_000
+"""Of all hidden layers. Beyond it arithmetic is what takes the time, and torch's threads share it."""
+
+
+@functools.cache
+def _openblas() -> list[LibController]:
+    """What NumPy multiplies matrices with, unless it was built with something else."""
+    return [library for library in ThreadpoolController().lib_controllers if library.internal_api == "openblas"]
+
+
+def on_one_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Products of NumPy in a function are computed by one thread; afterwards by as many as before.
+
+    For matrices of these sizes OpenBLAS's threads wait for one another longer than they compute: with two of them an
+    update took fifteen times as long as with one.
+    """
+
+    @functools.wraps(function)
+    def limited(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        threads = [(library, library.get_num_threads()) for library in _openblas()]
+        for library, _ in threads:
+            library.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for library, number in threads:
+                library.set_num_threads(number)
+
+    return limited
 
 
 class FastMlp:
@@ -74,6 +107,7 @@ class FastMlp:
         recording = th.jit.is_tracing() or th.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
         return self.parameters[0].is_cpu and not recording
 
+    @on_one_thread
     @np.errstate(all="ignore")
     def act(self, features: Tensor, deterministic: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Act: ``(actions [B] or [B, A], soft-min values [B, 1], log-probabilities [B])``; with gradients disabled.
@@ -100,6 +134,7 @@ class FastMlp:
         """
         return _Evaluation.apply(self, features, actions, *self.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
+    @on_one_thread
     @np.errstate(all="ignore")
     def accumulate_gradient(self, features: Tensor, samples: SafeSamples, objective: Objective) -> dict[str, float]:
         """Add the gradient of the loss of a minibatch to that of the parameters, without a graph; gradients disabled.
@@ -188,6 +223,8 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
         return None
     if not policy.joint or not isinstance(bodies, ParallelMlp) or len(bodies.weights) == 0:
         return None
+    if sum(weight.numel() for weight in bodies.weights) > MAX_WEIGHTS:
+        return None
     activations = {type(activation) for activation in bodies.activations}
     if not activations <= ACTIVATIONS.keys():
         return None
@@ -207,6 +244,7 @@ class _Evaluation(th.autograd.Function):
     """:meth:`FastMlp.evaluate`."""
 
     @staticmethod
+    @on_one_thread
     @np.errstate(all="ignore")
     def forward(ctx: Any, mlp: FastMlp, features: Tensor, actions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         arrays = [parameter.numpy() for parameter in parameters]
@@ -217,6 +255,7 @@ class _Evaluation(th.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @on_one_thread
     @np.errstate(all="ignore")
     def backward(
         ctx: Any, d_values: Tensor | None, d_log_prob: Tensor | None, d_entropy: Tensor | None

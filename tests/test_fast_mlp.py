@@ -13,7 +13,7 @@ from torch import nn
 
 from sb3_safe import SAFE, FixedKL, functional
 from sb3_safe.buffers import SafeSamples
-from sb3_safe.fast_mlp import soft_min
+from sb3_safe.fast_mlp import FastMlp, _openblas, on_one_thread, soft_min
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.test_policies import BOX, DISCRETE, IMAGE, VECTOR, jolt, make, observations
 from tests.tiny_envs import ACTIONS, OBSERVATIONS
@@ -411,6 +411,7 @@ class OwnHead(TwinCriticPolicy):
         pytest.param(TwinCriticPolicy, DISCRETE, {"net_arch": {"pi": [8], "vf": [16, 4]}}, id="two-shapes"),
         pytest.param(TwinCriticPolicy, DISCRETE, {"net_arch": []}, id="linear"),
         pytest.param(TwinCriticPolicy, DISCRETE, {"share_features_extractor": False}, id="two-extractors"),
+        pytest.param(TwinCriticPolicy, DISCRETE, {"net_arch": [600, 600]}, id="wide"),
         pytest.param(OwnScore, DISCRETE, {}, id="own-score"),
         pytest.param(OwnAggregate, DISCRETE, {}, id="own-aggregate"),
         pytest.param(OwnHead, DISCRETE, {}, id="own-head"),
@@ -429,6 +430,41 @@ def test_whatever_is_not_plain_takes_the_general_path(
     assert values.shape == (5, 1)
     policy.evaluate(observations(), actions).values.sum().backward()
     assert policy.value_weight.grad is not None
+
+
+@pytest.fixture
+def openblas():
+    """NumPy's OpenBLAS with two threads, whatever the machine's number."""
+    if not _openblas():
+        pytest.skip("NumPy multiplies with something else")
+    library = _openblas()[0]
+    before = library.get_num_threads()
+    library.set_num_threads(2)
+    yield library
+    library.set_num_threads(before)
+
+
+def test_acting_and_training_multiply_on_one_thread(openblas: Any, monkeypatch: pytest.MonkeyPatch):
+    threads: list[int] = []
+    layers = FastMlp._layers
+
+    def counted(*args: Any) -> Any:
+        threads.append(openblas.get_num_threads())
+        return layers(*args)
+
+    monkeypatch.setattr(FastMlp, "_layers", counted)
+    SAFE("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=4, n_epochs=1, seed=0, device="cpu").learn(8)
+    assert len(threads) == 8 + 2  # steps, minibatches
+    policy, _ = both()
+    policy.evaluate(observations(), some_actions(policy.action_space, 5)).values.sum().backward()
+    assert set(threads) == {1}
+    assert openblas.get_num_threads() == 2
+
+
+def test_threads_come_back_after_an_error(openblas: Any):
+    with pytest.raises(ZeroDivisionError):
+        on_one_thread(lambda: 1 / 0)()
+    assert openblas.get_num_threads() == 2
 
 
 def test_other_precisions_take_the_general_path():
