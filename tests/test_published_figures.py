@@ -12,18 +12,26 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTROL = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())["settings"]
 LANGUAGE = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
-ROWS = {"SAFE": "safe", "SAFE, all layers off": "safe-off", "SBX PPO (JAX)": "sbx", "single-file loop": "loop"}
+ROWS = {
+    "SAFE": ("safe", "speed.json"),
+    "SAFE, all layers off": ("safe-off", "speed.json"),
+    "SBX PPO (JAX)": ("sbx", "speed.json"),
+    "single-file loop": ("loop", "speed.json"),
+    "SAFE, two threads": ("safe", "speed-threads-2.json"),
+    "SBX, two threads": ("sbx", "speed-threads-2.json"),
+}
 COLUMNS = ["cartpole-1", "cartpole-8", "pendulum-4", "halfcheetah", "images"]
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_ratios_of_speed_are_medians_over_interleaved_runs(row: str) -> None:
-    tasks = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["tasks"]
+    algorithm, file = ROWS[row]
+    tasks = json.loads((ROOT / "benchmarks/results" / file).read_text())["tasks"]
     published = re.search(rf"^\| {re.escape(row)} \| (.*) \|$", README, re.MULTILINE)
     assert published is not None
     figures = [float(cell) for cell in published.group(1).split(" | ")]
     for name, figure in zip(COLUMNS, figures, strict=True):
-        pairs = zip(tasks[name]["ppo"], tasks[name][ROWS[row]], strict=True)
+        pairs = zip(tasks[name]["ppo"], tasks[name][algorithm], strict=True)
         assert figure == round(statistics.median(ppo["total"] / other["total"] for ppo, other in pairs), 2)
 
 
@@ -59,7 +67,7 @@ def test_returns_and_crashes_under_stress_are_those_of_the_report(setting: str, 
     assert f"| {' | '.join([label, *cells, *crashes])} |" in README
 
 
-@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"])
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "BipedalWalker-v3"])
 def test_returns_on_larger_tasks_are_those_of_the_report(task: str) -> None:
     both = [CONTROL["tuned"]["tasks"][task][algorithm] for algorithm in ("ppo", "safe")]
     assert [row["seeds"] for row in both] == [1, 1]
