@@ -104,6 +104,20 @@ def test_gold_and_proxy_are_those_of_the_report(setting: str, label: str, task: 
     assert f"| {' | '.join([f'{task}, {label}', str(seeds), *cells])} |" in README
 
 
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("ppo", "PPO without a KL"),
+        ("ppo-target-kl", "PPO, `target_kl` 0.03"),
+        ("published", "the published rule"),
+    ],
+)
+def test_gold_without_a_price_on_distance_is_that_of_the_report(method: str, label: str) -> None:
+    figures = [LANGUAGE["settings"][setting]["embedded"][method] for setting in ("tuned", "lr-x3", "lr-x10")]
+    assert {row["seeds"] for row in figures} == {1}
+    assert f"| {label} | {' | '.join('{:.2f}'.format(row['final_gold'][0]) for row in figures)} |" in README
+
+
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
     tuning = LANGUAGE["tuning"]["tuning-x10: embedded"]
     ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
