@@ -118,6 +118,11 @@ def test_gold_without_a_price_on_distance_is_that_of_the_report(method: str, lab
     assert f"| {label} | {' | '.join('{:.2f}'.format(row['final_gold'][0]) for row in figures)} |" in README
 
 
+def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -> None:
+    low, high = (LANGUAGE["settings"]["lr-x3"]["embedded"][f"safe-coef-{c}"]["final_gold"][0] for c in ("0.02", "0.4"))
+    assert f"0.02 and 0.4 instead of 0.1 end at {low:.2f} and {high:.2f}." in README
+
+
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
     tuning = LANGUAGE["tuning"]["tuning-x10: embedded"]
     ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
