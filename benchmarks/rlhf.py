@@ -25,7 +25,18 @@ from typing import Any, NamedTuple
 
 from control_settings import VARIANTS
 from rlhf_run import RESULTS, START_FILE, measure_start
-from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING, TUNING_SEED, described, resolved, run_of
+from rlhf_settings import (
+    FAMILIES,
+    METHODS,
+    SETTINGS,
+    STRENGTHS,
+    TUNED_FILE,
+    TUNING,
+    TUNING_SEED,
+    described,
+    resolved,
+    run_of,
+)
 from rlhf_tasks import TASKS
 from runs import Run, run_missing
 
@@ -47,7 +58,7 @@ SUITES = {
     "ablation": Suite(("lr-x3",), ("embedded",),
                       ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
     # How much depends on SAFE's one coefficient; its default is among the main suite's.
-    "strength": Suite(("lr-x3",), ("embedded",), ("safe-coef-0.02", "safe-coef-0.4"), seeds=5),
+    "strength": Suite(("lr-x3",), ("embedded",), tuple(STRENGTHS), seeds=5),
     "quick": Suite(("quick", "quick-x10"), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=1),
 }  # fmt: skip
 

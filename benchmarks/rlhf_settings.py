@@ -80,8 +80,6 @@ TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Of the adaptive coefficient, nats per token."""
 PRICES = (0.03, 0.05, 0.1)
 """Of SAFE, units of the reward's spread per nat: what its default was chosen from."""
-STRENGTHS = (0.02, 0.4)
-"""Of SAFE's penalty above the threshold: a range of 20 times around its default."""
 
 
 def kl_in_reward(controller: str, **arguments: float) -> Method:
@@ -90,6 +88,13 @@ def kl_in_reward(controller: str, **arguments: float) -> Method:
     return SAFE, PPO | kl
 
 
+def safe_with(**arguments: float) -> Method:
+    """SAFE with other arguments of its controller."""
+    return SAFE, {"kl_controller_kwargs": arguments}
+
+
+STRENGTHS = {f"safe-coef-{c:g}": safe_with(coef=c) for c in (0.02, 0.4)}
+"""Of SAFE's penalty above the threshold: a range of 20 times around its default."""
 # A family's methods differ in one number, which is tuned per task.
 FAMILIES: dict[str, dict[str, Method]] = {
     "ppo-kl": {f"ppo-kl-{c:g}": kl_in_reward("fixed", coef=c) for c in COEFFICIENTS},
@@ -104,8 +109,8 @@ METHODS: dict[str, Method] = {
     "published": (PublishedSAFE, {"kl_controller": "none", "max_preview_kl": None}),
     **FAMILIES["ppo-kl"],
     **FAMILIES["ppo-adaptive"],
-    **{f"safe-price-{p:g}": (SAFE, {"kl_controller_kwargs": {"price": p}}) for p in PRICES},
-    **{f"safe-coef-{c:g}": (SAFE, {"kl_controller_kwargs": {"coef": c}}) for c in STRENGTHS},
+    **{f"safe-price-{p:g}": safe_with(price=p) for p in PRICES},
+    **STRENGTHS,
     **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
 }
 

@@ -48,7 +48,7 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 
 GENERAL_PATH = ("evaluate", "get_distribution", "aggregate", "_latents", "_values", "_used_value", "_act", "_score")
 MAX_WEIGHTS = 1_000_000
-"""Of all hidden layers. Beyond it arithmetic is what takes the time, and torch's threads share it."""
+"""Of all hidden layers. Beyond it products are large enough to be worth several threads, which torch's path has."""
 
 
 @functools.cache
@@ -60,19 +60,18 @@ def _openblas() -> list[LibController]:
 def on_one_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Products of NumPy in a function are computed by one thread; afterwards by as many as before.
 
-    For matrices of these sizes OpenBLAS's threads wait for one another longer than they compute: with two of them an
-    update took fifteen times as long as with one.
+    For matrices of these sizes OpenBLAS's threads wait for one another longer than they compute.
     """
 
     @functools.wraps(function)
     def limited(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        threads = [(library, library.get_num_threads()) for library in _openblas()]
-        for library, _ in threads:
+        several = [(library, number) for library in _openblas() if (number := library.get_num_threads()) > 1]
+        for library, _ in several:
             library.set_num_threads(1)
         try:
             return function(*args, **kwargs)
         finally:
-            for library, number in threads:
+            for library, number in several:
                 library.set_num_threads(number)
 
     return limited

@@ -11,9 +11,9 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from sb3_safe import SAFE, FixedKL, functional
+from sb3_safe import SAFE, FixedKL, fast_mlp, functional
 from sb3_safe.buffers import SafeSamples
-from sb3_safe.fast_mlp import FastMlp, _openblas, on_one_thread, soft_min
+from sb3_safe.fast_mlp import FastMlp, soft_min
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.test_policies import BOX, DISCRETE, IMAGE, VECTOR, jolt, make, observations
 from tests.tiny_envs import ACTIONS, OBSERVATIONS
@@ -432,19 +432,39 @@ def test_whatever_is_not_plain_takes_the_general_path(
     assert policy.value_weight.grad is not None
 
 
+class TwoThreads:
+    """A library of matrix products, as threadpoolctl has it."""
+
+    def __init__(self) -> None:
+        self.set_num_threads(2)
+
+    def set_num_threads(self, number: int) -> None:
+        self.number = number
+
+    def get_num_threads(self) -> int:
+        return self.number
+
+
 @pytest.fixture
-def openblas():
-    """NumPy's OpenBLAS with two threads, whatever the machine's number."""
-    if not _openblas():
-        pytest.skip("NumPy multiplies with something else")
-    library = _openblas()[0]
-    before = library.get_num_threads()
-    library.set_num_threads(2)
-    yield library
-    library.set_num_threads(before)
+def openblas(monkeypatch: pytest.MonkeyPatch) -> TwoThreads:
+    """In place of NumPy's, whatever that is on this machine."""
+    library = TwoThreads()
+    monkeypatch.setattr(fast_mlp, "_openblas", lambda: [library])
+    return library
 
 
-def test_acting_and_training_multiply_on_one_thread(openblas: Any, monkeypatch: pytest.MonkeyPatch):
+def test_numpys_openblas_is_found_and_takes_orders():
+    name = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    assert fast_mlp._openblas() or "openblas" not in name
+    for library in fast_mlp._openblas():
+        before = library.get_num_threads()
+        library.set_num_threads(2)
+        assert fast_mlp.on_one_thread(library.get_num_threads)() == 1
+        assert library.get_num_threads() == 2
+        library.set_num_threads(before)
+
+
+def test_acting_and_training_multiply_on_one_thread(openblas: TwoThreads, monkeypatch: pytest.MonkeyPatch):
     threads: list[int] = []
     layers = FastMlp._layers
 
@@ -461,9 +481,9 @@ def test_acting_and_training_multiply_on_one_thread(openblas: Any, monkeypatch: 
     assert openblas.get_num_threads() == 2
 
 
-def test_threads_come_back_after_an_error(openblas: Any):
+def test_threads_come_back_after_an_error(openblas: TwoThreads):
     with pytest.raises(ZeroDivisionError):
-        on_one_thread(lambda: 1 / 0)()
+        fast_mlp.on_one_thread(lambda: 1 / 0)()
     assert openblas.get_num_threads() == 2
 
 

@@ -35,6 +35,21 @@ def test_ratios_of_speed_are_medians_over_interleaved_runs(row: str) -> None:
         assert figure == round(statistics.median(ppo["total"] / other["total"] for ppo, other in pairs), 2)
 
 
+def test_what_the_layers_cost_is_what_was_measured() -> None:
+    tasks = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["tasks"]
+    seconds = {
+        (name, algorithm): statistics.median(row["total"] for row in tasks[name][algorithm])
+        for name in COLUMNS
+        for algorithm in ("safe", "safe-off")
+    }
+    shares = [100 * (1 - seconds[name, "safe-off"] / seconds[name, "safe"]) for name in COLUMNS[:4]]
+    assert (
+        f"is {min(shares[:3]):.0f} to {max(shares[:3]):.0f} % of an iteration with small networks, and a fifth"
+        in README
+    )
+    assert 15 < shares[3] < 25
+
+
 def test_ratios_on_text_are_those_measured() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import language
@@ -88,6 +103,22 @@ def test_final_returns_layer_by_layer_are_those_of_the_report() -> None:
     ) in text
     others = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate", "safe-no-preview", "safe-constant")
     assert {final[name] for name in others} == {"0.99", "1.00"}
+
+
+def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
+    pendulum = {name: f"{row['average'][0]:.0f}" for name, row in CONTROL["tuned"]["tasks"]["Pendulum-v1"].items()}
+    assert f"its training average is {pendulum['safe']} there, PPO's {pendulum['ppo']}," in README
+    assert f"at the tuned rate the average is {pendulum['safe-no-penalty']} without it" in README
+    for file in (ROOT / "benchmarks/results/control").glob("*/*/safe-constant/*.json"):
+        same = json.loads((file.parent.parent / "safe" / file.name).read_text())
+        assert json.loads(file.read_text())["curve"] == same["curve"]
+    small = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
+    crashes = {
+        task: sum(rows["tasks"][task]["safe"]["crashes"] for rows in CONTROL.values() if task in rows["tasks"])
+        for task in small
+    }
+    assert f"all of its\n{crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in README
+    assert not any(crashes.values())
 
 
 @pytest.mark.parametrize("task", ["embedded", "length", "sparse"])

@@ -34,6 +34,11 @@ class Packed(NamedTuple):
 _packed: WeakKeyDictionary[nn.Module, Packed | None] = WeakKeyDictionary()
 
 
+def is_available() -> bool:
+    """Whether this PyTorch was built with oneDNN, and has its linear layer."""
+    return th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+
+
 @functools.cache
 def is_faster() -> bool:
     """Whether this is such a processor, and this PyTorch has both libraries.
@@ -41,8 +46,7 @@ def is_faster() -> bool:
     Told by the vendor's name, not by a race: the same seed must give the same bits in every run.
     """
     name = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
-    both = th.backends.mkl.is_available() and th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return "AuthenticAMD" in name and both and hasattr(th.ops.mkldnn, "_linear_pointwise")
+    return "AuthenticAMD" in name and th.backends.mkl.is_available() and is_available()  # type: ignore[no-untyped-call]
 
 
 def accelerate(module: nn.Module) -> None:
