@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from control_run import RANDOM_FILE, RESULTS, measure_random_policy
-from control_settings import ALGORITHMS, SETTINGS, VARIANTS, described
+from control_settings import ALGORITHMS, SETTINGS, STRESS, VARIANTS, described
 from runs import Run, run_missing
 
 from sb3_safe.presets import preset
@@ -65,8 +65,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "tuned": Suite(("tuned",), tuple(TASKS), ("ppo", "safe", "ppo-target-kl", "trpo")),
-    "stress": Suite(tuple(name for name in SETTINGS if name not in ("tuned", "long")), SMALL,
-                    ("ppo", "safe", "ppo-target-kl")),
+    "stress": Suite(STRESS, SMALL, ("ppo", "safe", "ppo-target-kl")),
     # Its runs of ppo and safe are those of the other suites.
     "ablation": Suite(("tuned", "lr-x5"), ("CartPole-v1", "Pendulum-v1", "LunarLander-v3"), ("ppo", "safe", *VARIANTS)),
 }  # fmt: skip

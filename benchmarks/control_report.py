@@ -13,8 +13,8 @@ them, for a run with points (steps t_i, mean true return r_i of the n_i episodes
 - a run that stopped at NaN counts as the random policy from there on
 - normalised: 0 is a random policy, 1 the RL Zoo's published PPO
 
-Intervals are 95 % stratified bootstrap. IQMs over several tasks take as many seeds of each as all of them have, so that
-tasks count alike; probabilities of improvement and profiles, where they do anyway, take all runs.
+Intervals are 95 % stratified bootstrap. Over several tasks (and settings) each counts alike,
+whatever the number of its runs.
 """
 
 import json
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from control_run import RANDOM_FILE
-from control_settings import SETTINGS, VARIANTS
+from control_settings import SETTINGS, STRESS, VARIANTS
 from numpy.typing import NDArray
 from reporting import Runs, digits, estimate, median, number, prepare_plots, read_results, save, with_interval
 from rl_statistics import FloatArray, interval, iqm, performance_profile, probability_of_improvement
@@ -35,6 +35,8 @@ from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
 ORDER = ("safe", "ppo", "ppo-target-kl", "trpo", *VARIANTS)
 COLOURS = {"safe": "tab:red", "ppo": "tab:blue", "ppo-target-kl": "tab:green", "trpo": "tab:purple"}
 SCORES = ("final", "average")
+Cell = tuple[str, str]
+"""Setting and task."""
 THRESHOLDS = np.linspace(0.0, 1.2, 61)
 GRID = 100
 CURVE_REPETITIONS = 500
@@ -108,13 +110,13 @@ class Report:
         """One figure of all runs."""
         return np.array([run[name] for run in self.measures[setting][task][algorithm]], dtype=np.float64)
 
-    def scores(self, setting: str, tasks: Sequence[str], algorithm: str, name: str) -> list[FloatArray]:
+    def scores(self, cells: Sequence[Cell], algorithm: str, name: str) -> list[FloatArray]:
         """A figure of several tasks, normalised where it is a score: an array of runs for each."""
-        columns = [self.column(setting, task, algorithm, name) for task in tasks]
+        columns = [self.column(setting, task, algorithm, name) for setting, task in cells]
         if name in SCORES:
-            return [self.normalised(task, column) for task, column in zip(tasks, columns, strict=True)]
+            return [self.normalised(task, column) for (_, task), column in zip(cells, columns, strict=True)]
         if name.startswith("dispersion"):
-            return [c / (self.good[task] - self.random[task]) for task, c in zip(tasks, columns, strict=True)]
+            return [c / (self.good[task] - self.random[task]) for (_, task), c in zip(cells, columns, strict=True)]
         return columns
 
     def task_summary(self, setting: str, task: str, algorithm: str) -> dict[str, Any]:
@@ -124,33 +126,32 @@ class Report:
             row[name] = estimate([self.column(setting, task, algorithm, name)])
         for name in ("dispersion", "dispersion_net", "largest_kl", "cpu_seconds", "peak_mb"):
             row[name] = median(self.column(setting, task, algorithm, name))
-        return row | self.counts(setting, [task], algorithm)
+        return row | self.counts([(setting, task)], algorithm)
 
-    def counts(self, setting: str, tasks: Sequence[str], algorithm: str) -> dict[str, int]:
+    def counts(self, cells: Sequence[Cell], algorithm: str) -> dict[str, int]:
         """Crashes of all runs, runs that crashed, runs that stopped at NaN."""
-        fallen = np.concatenate([self.column(setting, task, algorithm, "crashes") for task in tasks])
-        stopped = np.concatenate([self.column(setting, task, algorithm, "diverged") for task in tasks])
+        fallen = np.concatenate(self.scores(cells, algorithm, "crashes"))
+        stopped = np.concatenate(self.scores(cells, algorithm, "diverged"))
         return {"crashes": int(fallen.sum()), "crashed_runs": int((fallen > 0).sum()), "diverged": int(stopped.sum())}
 
-    def aggregate(self, setting: str, tasks: Sequence[str]) -> dict[str, Any]:
-        """Figures over several tasks, of every algorithm that has runs on all of them."""
-        by_task = [self.measures[setting][task] for task in tasks]
+    def aggregate(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        """Figures over several tasks, or settings of them, of every algorithm that has runs on all."""
+        by_cell = [self.measures[setting][task] for setting, task in cells]
         rows = {}
-        for algorithm in (name for name in by_task[0] if all(name in algorithms for algorithms in by_task)):
-            row: dict[str, Any] = {"runs": [len(algorithms[algorithm]) for algorithms in by_task]}
+        for algorithm in (name for name in by_cell[0] if all(name in algorithms for algorithms in by_cell)):
+            row: dict[str, Any] = {"runs": [len(algorithms[algorithm]) for algorithms in by_cell]}
             for name in SCORES:
-                ours = self.scores(setting, tasks, algorithm, name)
-                row[name] = estimate(as_many(ours))
-                if algorithm != "ppo" and all("ppo" in algorithms for algorithms in by_task):
-                    theirs = self.scores(setting, tasks, "ppo", name)
+                ours = self.scores(cells, algorithm, name)
+                row[name] = estimate(ours)
+                if algorithm != "ppo" and all("ppo" in algorithms for algorithms in by_cell):
+                    theirs = self.scores(cells, "ppo", name)
                     low, high = interval(probability_of_improvement, ours, theirs)
                     value = probability_of_improvement(ours, theirs)
                     row[f"improvement_{name}"] = [digits(float(v)) for v in (value, low, high)]
             for name in ("dispersion", "dispersion_net"):
-                scores = as_many(self.scores(setting, tasks, algorithm, name))
-                known = [column[np.isfinite(column)] for column in scores]
+                known = [column[np.isfinite(column)] for column in self.scores(cells, algorithm, name)]
                 row[name] = digits(float(iqm(known))) if all(map(len, known)) else None
-            rows[algorithm] = row | self.counts(setting, tasks, algorithm)
+            rows[algorithm] = row | self.counts(cells, algorithm)
         return rows
 
     def groups(self, setting: str, small: Sequence[str]) -> dict[str, list[str]]:
@@ -172,15 +173,22 @@ class Report:
         for setting, tasks in self.measures.items():
             rows = {task: {name: self.task_summary(setting, task, name) for name in tasks[task]} for task in tasks}
             groups = self.groups(setting, small)
-            aggregates = {name: {"tasks": group} | self.aggregate(setting, group) for name, group in groups.items()}
+            aggregates = {
+                name: {"tasks": group} | self.aggregate([(setting, task) for task in group])
+                for name, group in groups.items()
+            }
             summary[setting] = {"tasks": rows, "aggregate": aggregates}
         return summary
 
-
-def as_many(scores: Sequence[FloatArray]) -> list[FloatArray]:
-    """The first runs of each task, as many as there are of all: an IQM over tasks would weigh them by their runs."""
-    count = min(map(len, scores))
-    return [column[:count] for column in scores]
+    def stress(self) -> dict[str, Any]:
+        """Figures over all that is stressed: every setting of every task that both PPO and SAFE have runs of."""
+        cells = [
+            (setting, task)
+            for setting, tasks in self.measures.items()
+            for task, algorithms in tasks.items()
+            if setting in STRESS and {"ppo", "safe"} <= set(algorithms)
+        ]
+        return self.aggregate(cells) if cells else {}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -232,8 +240,8 @@ def tables(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stress_table(summary: Mapping[str, Any]) -> str:
-    """SAFE beside PPO, a row per setting."""
+def stress_table(summary: Mapping[str, Any], stress: Mapping[str, Any]) -> str:
+    """SAFE beside PPO, a row per setting, and one for all stress."""
     lines = [
         "",
         "## SAFE and PPO by setting",
@@ -242,14 +250,14 @@ def stress_table(summary: Mapping[str, Any]) -> str:
         "dispersion, PPO / SAFE |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for setting, content in summary.items():
-        rows: dict[str, Any] = next(iter(content["aggregate"].values()), {})
+    groups = {name: next(iter(content["aggregate"].values()), {}) for name, content in summary.items()}
+    for setting, rows in [*groups.items(), ("all stress", stress)]:
         if not {"ppo", "safe"} <= set(rows):
             continue
         ppo, safe = rows["ppo"], rows["safe"]
         ratio = ppo["dispersion"] / safe["dispersion"] if ppo["dispersion"] and safe["dispersion"] else None
         lines.append(
-            f"| {setting} | {len(rows['tasks'])} | {with_interval(ppo['average'], '.2f')} | "
+            f"| {setting} | {len(safe['runs'])} | {with_interval(ppo['average'], '.2f')} | "
             f"{with_interval(safe['average'], '.2f')} | {with_interval(safe['improvement_average'], '.2f')} | "
             f"{ppo['crashes']} | {safe['crashes']} | {number(ratio, '.2f')} |"
         )
@@ -299,7 +307,7 @@ def plot_profile(report: Report, setting: str, tasks: Sequence[str], path: Path)
     for algorithm, colour in COLOURS.items():
         if not all(algorithm in report.measures[setting][task] for task in tasks):
             continue
-        scores = report.scores(setting, tasks, algorithm, "final")
+        scores = report.scores([(setting, task) for task in tasks], algorithm, "final")
         low, high = interval(lambda resampled: performance_profile(resampled, THRESHOLDS), scores)
         axis.plot(THRESHOLDS, performance_profile(scores, THRESHOLDS), color=colour, label=algorithm)
         axis.fill_between(THRESHOLDS, low, high, color=colour, alpha=0.15, lw=0)
@@ -353,9 +361,10 @@ def write_report(folder: Path, good: Mapping[str, float], small: Sequence[str], 
         if name.startswith(("safe", "only"))
         for result in results
     }
-    text = json.dumps({"sources": sorted(sources), "settings": summary}, indent=1)
+    stress = report.stress()
+    text = json.dumps({"sources": sorted(sources), "settings": summary, "stress": stress}, indent=1)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "tables.md").write_text(tables(summary) + stress_table(summary), encoding="utf-8")
+    (folder / "tables.md").write_text(tables(summary) + stress_table(summary, stress), encoding="utf-8")
     if plots:
         prepare_plots()
         for setting in report.measures:

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward-noise": {"noise": NOISE},
     "biased-critic": {"bias": BIAS},
 }
+STRESS = tuple(name for name, stress in SETTINGS.items() if stress)
 
 # A layer of SAFE, and what turns it off. With all of them off SAFE is PPO.
 LAYERS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,8 @@
 """Statistics of few runs: interquartile mean, stratified bootstrap, probability of improvement, performance profile.
 
 Scores are given as one array of runs per task, ``[R_1], [R_2], ...``; with as many runs on each they are the columns of
-the usual matrix of runs and tasks. Every statistic works along the last axis, so that the bootstrap is one call on
-arrays ``[repetitions, R_m]``.
+the usual matrix of runs and tasks. Tasks count alike in everything. Every statistic works along the last axis, so that
+the bootstrap is one call on arrays ``[repetitions, R_m]``.
 
 See Agarwal et al. 2021, Deep reinforcement learning at the edge of the statistical precipice,
 https://arxiv.org/abs/2108.13264
@@ -24,14 +24,18 @@ LEVEL = 0.95
 def iqm(scores: Scores) -> FloatArray:
     """Interquartile mean: the mean of what is left without the lowest and the highest quarter of all runs.
 
-    ``floor(0.25 N)`` runs are left out at each end, over all tasks together.
+    Tasks count alike whatever the number of their runs: each of those weighs ``1 / R_m``. A run at the edge of a
+    quarter counts in part, where rliable, which takes equally many runs of all tasks, leaves out ``floor(0.25 N)``.
 
     :param scores: ``[..., R_m]`` for each task.
     :return: ``[...]``
     """
-    runs = np.sort(np.concatenate(scores, axis=-1), axis=-1)
-    cut = runs.shape[-1] // 4
-    return np.asarray(runs[..., cut : runs.shape[-1] - cut].mean(axis=-1))
+    runs = np.concatenate(scores, axis=-1)
+    weights = np.concatenate([np.full(x.shape[-1], 1 / (len(scores) * x.shape[-1])) for x in scores])
+    order = np.argsort(runs, axis=-1)
+    ends = np.cumsum(weights[order], axis=-1).clip(0.25, 0.75)
+    inside = np.diff(ends, axis=-1, prepend=0.25)
+    return np.asarray((inside * np.take_along_axis(runs, order, axis=-1)).sum(axis=-1) / inside.sum(axis=-1))
 
 
 def probability_of_improvement(ours: Scores, theirs: Scores) -> FloatArray:

@@ -150,17 +150,16 @@ class Report:
         return np.array([run[name] for run in self.measures[setting][task][method]], dtype=np.float64)
 
     def row(self, setting: str, tasks: Sequence[str], method: str) -> dict[str, Any]:
-        """Figures of a method on one task, or over several: as many seeds of each, so that tasks count alike."""
-        count = min(len(self.measures[setting][task][method]) for task in tasks)
+        """Figures of a method on one task, or over several, which count alike; ``seeds``: of the task with fewest."""
 
         def columns(name: str, method: str = method) -> list[FloatArray]:
-            return [self.column(setting, task, method, name)[:count] for task in tasks]
+            return [self.column(setting, task, method, name) for task in tasks]
 
-        row: dict[str, Any] = {"seeds": count}
+        row: dict[str, Any] = {"seeds": min(map(len, columns("final_gold")))}
         for name in ("final_gold", "average_reward", "final_reward"):
             row[name] = estimate(columns(name))
         if method != "safe" and all("safe" in self.measures[setting][task] for task in tasks):
-            pair = [self.column(setting, task, "safe", "final_gold") for task in tasks], columns("final_gold")
+            pair = columns("final_gold", "safe"), columns("final_gold")
             ends = interval(probability_of_improvement, *pair)
             row["safe_is_better"] = [digits(float(v)) for v in (probability_of_improvement(*pair), *ends)]
         fallen = np.concatenate(columns("crashes"))

@@ -1,0 +1,174 @@
+"""Writes the tables of README from the results that the other scripts wrote.
+
+    python benchmarks/readme.py
+
+A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fails where README has
+another one than this would write.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import language
+from control_settings import STRESS
+from reporting import with_interval
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).with_name("results")
+PAIR = {"PPO": "ppo", "SAFE": "safe"}
+SPEED = {
+    "SAFE": ("safe", "speed.json"),
+    "SAFE, all layers off": ("safe-off", "speed.json"),
+    "SBX PPO (JAX)": ("sbx", "speed.json"),
+    "single-file loop": ("loop", "speed.json"),
+    "SAFE, two threads": ("safe", "speed-threads-2.json"),
+    "SBX, two threads": ("sbx", "speed-threads-2.json"),
+}
+SPEED_TASKS = {
+    "cartpole-1": "CartPole, 1 env",
+    "cartpole-8": "CartPole, 8 envs",
+    "pendulum-4": "Pendulum, 4 envs",
+    "halfcheetah": "HalfCheetah",
+    "images": "images",
+}
+STRESSES = {
+    "lr-x5": "rate x 5",
+    "lr-x20": "rate x 20",
+    "clip-1": "clip range 1",
+    "epochs-x4": "epochs x 4",
+    "reward-noise": "reward noise",
+    "biased-critic": "biased critic",
+}
+RATES = {"tuned": "tuned", "lr-x3": "rate x 3", "lr-x10": "rate x 10"}
+UNPRICED = {
+    "ppo": "PPO without a KL",
+    "ppo-target-kl": "PPO, `target_kl` 0.03",
+    "published": "the published rule",
+}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def beside(what: str) -> list[str]:
+    """Heads of a figure's two columns."""
+    return [f"{what}, PPO", "SAFE"]
+
+
+def read(name: str) -> Any:
+    """A file of results."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def span(counts: Sequence[int]) -> str:
+    """How many runs tasks have."""
+    return "-".join(str(count) for count in sorted({min(counts), max(counts)}))
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def control() -> str:
+    """SAFE beside PPO on the small control tasks, tuned and under stress."""
+    summary = read("control/summary.json")
+    groups = {name: content["aggregate"] for name, content in summary["settings"].items()}
+    labelled = [("tuned", groups["tuned"]["small tasks"])]
+    labelled += [(STRESSES[name], next(iter(groups[name].values()))) for name in STRESS]
+    labelled.append(("all stress", summary["stress"]))
+    rows = []
+    for label, figures in labelled:
+        both = [figures[name] for name in PAIR.values()]
+        row = [label, str(len(both[1]["runs"])), span(both[1]["runs"])]
+        row += [with_interval(figure[what], ".2f") for what in ("final", "average") for figure in both]
+        row.append(f"{both[0]['dispersion'] / both[1]['dispersion']:.2f}")
+        rows.append(row + [str(figure["crashes"]) for figure in both])
+    head = ["", "tasks", "seeds", *beside("final"), *beside("training average"), "dispersion, PPO / SAFE"]
+    return markdown([*head, *beside("crashes")], rows)
+
+
+def larger() -> str:
+    """SAFE beside PPO on the control tasks that are too large for the others' budgets."""
+    settings = read("control/summary.json")["settings"]["tuned"]
+    rows = []
+    for task in (name for name in settings["tasks"] if name not in settings["aggregate"]["small tasks"]["tasks"]):
+        both = [settings["tasks"][task][name] for name in PAIR.values()]
+        row = [task, span([figure["seeds"] for figure in both])]
+        for what in ("final", "average"):
+            row += [with_interval(figure[what], ".0f") for figure in both]
+        row += [f"{figure[what]:.0f}" for what in ("dispersion", "crashes", "cpu_seconds") for figure in both]
+        rows.append(row)
+    head = [*beside("final"), *beside("training average"), *beside("dispersion"), *beside("crashes"), *beside("CPU s")]
+    return markdown(["task", "seeds", *head], rows)
+
+
+def rlhf() -> str:
+    """SAFE beside PPO with the KL in its reward, by task and learning rate."""
+    settings = read("rlhf/summary.json")["settings"]
+    rows = []
+    for task in ("embedded", "length", "sparse"):
+        for setting, label in RATES.items():
+            both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
+            row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
+            row += [with_interval(figure[what], ".2f") for what in ("final_gold", "average_reward") for figure in both]
+            row += [f"{figure['kl_per_text']:.1f}" for figure in both]
+            rows.append(row + [str(figure["crashes"]) for figure in both])
+    head = [*beside("final gold"), *beside("average proxy"), *beside("KL per text"), *beside("crashes")]
+    return markdown(["task, learning rate", "seeds", *head], rows)
+
+
+def unpriced() -> str:
+    """Final gold of methods for which distance from the start has no price."""
+    settings = read("rlhf/summary.json")["settings"]
+    rows = []
+    for method, label in UNPRICED.items():
+        figures = [settings[setting]["embedded"][method] for setting in RATES]
+        seeds = span([figure["seeds"] for figure in figures])
+        rows.append([label, seeds, *(f"{figure['final_gold'][0]:.2f}" for figure in figures)])
+    return markdown(["", "seeds", *RATES.values()], rows)
+
+
+def speed() -> str:
+    """Environment steps per second over SB3's PPO: medians over interleaved runs."""
+    rows = []
+    for label, (algorithm, file) in SPEED.items():
+        measured = read(file)["tasks"]
+        row = [label]
+        for name in SPEED_TASKS:
+            pairs = zip(measured[name]["ppo"], measured[name][algorithm], strict=True)
+            row.append(f"{statistics.median(ppo['total'] / other['total'] for ppo, other in pairs):.2f}")
+        rows.append(row)
+    return markdown(["", *SPEED_TASKS.values()], rows)
+
+
+def text() -> str:
+    """Speed on text over its peers."""
+    return language.table(read("language-cpu.json"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (control, larger, rlhf, unpriced, speed, text)
+}
+
+
+def updated(page: str) -> str:
+    """The page with all its tables made anew.
+
+    :raises KeyError: a table of an unknown name.
+    """
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
