@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from control_run import RANDOM_FILE, RESULTS, measure_random_policy
 from control_settings import ALGORITHMS, SETTINGS, STRESS, VARIANTS, described
-from runs import Run, run_missing
+from runs import Run, exit_code, run_missing
 
 from sb3_safe.presets import preset
 
@@ -132,14 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "random" or not RANDOM_FILE.exists():
         write_random_scores()
     if options.command == "run":
-        try:
-            return min(run_all(options), 1)
-        except ValueError as error:
-            print(f"control.py: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped; `run` goes on from here", file=sys.stderr)
-            return 130
+        return exit_code("control.py", lambda: run_all(options))
     if options.command == "report":
         # matplotlib is needed for this only.
         from control_report import write_report

@@ -26,8 +26,18 @@ from typing import Any
 import numpy as np
 from control_run import RANDOM_FILE
 from control_settings import SETTINGS, STRESS, VARIANTS
-from numpy.typing import NDArray
-from reporting import Runs, digits, estimate, median, number, prepare_plots, read_results, save, with_interval
+from reporting import (
+    Runs,
+    digits,
+    estimate,
+    filled_curve,
+    median,
+    number,
+    prepare_plots,
+    read_results,
+    save,
+    with_interval,
+)
 from rl_statistics import FloatArray, interval, iqm, performance_profile, probability_of_improvement
 
 from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
@@ -42,27 +52,14 @@ GRID = 100
 CURVE_REPETITIONS = 500
 
 
-def filled_curve(result: Mapping[str, Any], random_return: float) -> dict[str, NDArray[np.float64]]:
-    """A run's points that have episodes; of a run that stopped at NaN, a random policy's points until its budget."""
-    curve = result["curve"]
-    columns = {name: np.array(curve[name], dtype=np.float64) for name in ("timesteps", "return", "std", "episodes")}
-    known = columns["episodes"] > 0
-    columns = {name: column[known] for name, column in columns.items()}
-    if result["diverged"] is not None:
-        last = columns["timesteps"][-1]
-        spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
-        # As many as the smoothing of crashes needs to see the fall.
-        count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
-        steps = np.linspace(last, max(result["budget"], last + count), count + 1)[1:]
-        rest = {"timesteps": steps, "return": np.full(count, random_return), "std": np.zeros(count),
-                "episodes": np.ones(count)}  # fmt: skip
-        columns = {name: np.concatenate([column, rest[name]]) for name, column in columns.items()}
-    return columns
+def after_nan(random_return: float) -> dict[str, float]:
+    """What a run that stopped at NaN counts as from there on: the random policy."""
+    return {"return": random_return, "std": 0.0}
 
 
 def measures(result: Mapping[str, Any], random_return: float) -> dict[str, float]:
     """The figures of one run; see the top of this file."""
-    curve = filled_curve(result, random_return)
+    curve = filled_curve(result, after_nan(random_return))
     steps, returns, stds = curve["timesteps"], curve["return"], curve["std"]
     late = steps > 0.9 * steps[-1]
     first = stds[:SMOOTHING][np.isfinite(stds[:SMOOTHING])]
@@ -282,7 +279,7 @@ def plot_curves(report: Report, setting: str, path: Path) -> None:
         for algorithm, results in report.runs[setting][task].items():
             if algorithm not in COLOURS:
                 continue
-            curves = [filled_curve(result, report.random[task]) for result in results]
+            curves = [filled_curve(result, after_nan(report.random[task])) for result in results]
             grid = np.linspace(0, max(curve["timesteps"][-1] for curve in curves), GRID + 1)[1:]
             # [grid, runs]: the bootstrap resamples whole runs, along the last axis.
             lines = np.stack(

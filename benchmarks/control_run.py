@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from control_settings import ALGORITHMS, SETTINGS, arguments_of, described
-from runs import Run, is_divergence, peak_mb, short, versions, write_json
+from runs import Run, learn, short, versions, write_json
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -118,7 +118,7 @@ class Recorder(BaseCallback):
         self.partial = partial
         self.rollouts: list[dict[str, Any]] = []
         #: CPU seconds of measuring, which are no part of training.
-        self.seconds = 0.0
+        self.seconds_measuring = 0.0
         self._returns: list[float] = []
         self._actions: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._written = time.monotonic()
@@ -137,7 +137,7 @@ class Recorder(BaseCallback):
         # The buffer is emptied before the next callback, so a sample of it is kept: whole rows of storage order.
         rows = slice(None, None, max(1, buffer.buffer_size * buffer.n_envs // KL_SAMPLE))
         self._actions = (buffer.observations[rows].copy(), buffer.actions[rows].copy(), buffer.log_probs[rows].copy())
-        self.seconds += time.process_time() - start
+        self.seconds_measuring += time.process_time() - start
 
     def _on_rollout_start(self) -> None:
         self._after_update()
@@ -165,7 +165,7 @@ class Recorder(BaseCallback):
         if self.partial is not None and time.monotonic() - self._written > PARTIAL_SECONDS:
             self._written = time.monotonic()
             write_json(self.partial, {"curve": curve(self.rollouts)})
-        self.seconds += time.process_time() - start
+        self.seconds_measuring += time.process_time() - start
 
 
 def curve(rollouts: list[dict[str, Any]], max_points: int = MAX_POINTS) -> dict[str, list[float | None]]:
@@ -232,19 +232,8 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     th.set_num_threads(1)
     partial = path.with_suffix(".partial")
     recorder, model = Recorder(partial), make_model(run)
-    wall, cpu, diverged = time.monotonic(), time.process_time(), None
-    try:
-        model.learn(run.budget, callback=recorder, log_interval=None)
-    except (ValueError, FloatingPointError) as error:
-        if not is_divergence(error):
-            raise
-        diverged = str(error).splitlines()[0][:200]
-    result = described(run) | {
-        "timesteps": model.num_timesteps,
-        "diverged": diverged,
-        "wall_seconds": round(time.monotonic() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu - recorder.seconds, 2),
-        "peak_mb": peak_mb(),
+    result = described(run) | learn(model, run, recorder)
+    result |= {
         "curve": curve(recorder.rollouts),
         "versions": versions(PACKAGES, SOURCES),
     }

@@ -3,12 +3,14 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rl_statistics import FloatArray, interval, iqm
+
+from sb3_safe.stability import SMOOTHING
 
 Runs = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
 """setting -> task -> algorithm -> results of its seeds."""
@@ -25,6 +27,27 @@ def read_results(folder: Path, column: str) -> Runs:
         if any(value is not None for value in result["curve"][column]):
             runs[result["setting"]][result["task"]][result["algorithm"]].append(result)
     return runs
+
+
+def filled_curve(result: Mapping[str, Any], afterwards: Mapping[str, float]) -> dict[str, FloatArray]:
+    """Columns of a run's points that have episodes; where it stopped at NaN, made-up ones from there to its budget.
+
+    :param result: of one run.
+    :param afterwards: what columns have from there on; others have NaN.
+    """
+    columns = {name: np.array(values, dtype=np.float64) for name, values in result["curve"].items()}
+    known = columns["episodes"] > 0
+    columns = {name: column[known] for name, column in columns.items()}
+    if result["diverged"] is not None:
+        last = columns["timesteps"][-1]
+        spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
+        # As many as the smoothing of crashes needs to see the fall.
+        count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
+        rest = {name: np.full(count, value) for name, value in {"episodes": 1.0, **afterwards}.items()}
+        rest["timesteps"] = last + spacing * np.arange(1, count + 1)
+        unknown = np.full(count, math.nan)
+        columns = {name: np.concatenate([column, rest.get(name, unknown)]) for name, column in columns.items()}
+    return columns
 
 
 def estimate(scores: Sequence[FloatArray]) -> list[float | None]:

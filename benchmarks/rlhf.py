@@ -38,7 +38,7 @@ from rlhf_settings import (
     run_of,
 )
 from rlhf_tasks import TASKS
-from runs import Run, run_missing
+from runs import Run, exit_code, run_missing
 
 
 class Suite(NamedTuple):
@@ -125,14 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "start" or not START_FILE.exists():
         write_start()
     if options.command == "run":
-        try:
-            return min(run_all(options), 1)
-        except ValueError as error:
-            print(f"rlhf.py: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped; `run` goes on from here", file=sys.stderr)
-            return 130
+        return exit_code("rlhf.py", lambda: run_all(options))
     if options.command == "report":
         from rlhf_report import write_report
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from control_settings import VARIANTS
-from reporting import Runs, digits, estimate, median, number, prepare_plots, read_results, with_interval
+from reporting import Runs, digits, estimate, filled_curve, median, number, prepare_plots, read_results, with_interval
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
@@ -48,27 +48,14 @@ SIGNIFICANT = 3.0
 """Standard errors that gains and losses must exceed to count as such."""
 
 
-def filled_curve(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, FloatArray]:
-    """A run's points that have texts; of a run that stopped at NaN, worthless ones until its budget."""
-    columns = {name: np.array(values, dtype=np.float64) for name, values in result["curve"].items()}
-    known = columns["episodes"] > 0
-    columns = {name: column[known] for name, column in columns.items()}
-    if result["diverged"] is not None:
-        last = columns["timesteps"][-1]
-        spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
-        # As many as the smoothing of crashes needs to see the fall.
-        count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
-        rest = {"timesteps": last + spacing * np.arange(1, count + 1), "episodes": np.ones(count),
-                "gold": np.zeros(count), "gold_std": np.zeros(count),
-                "reward": np.full(count, start["reward"]), "reward_std": np.zeros(count)}  # fmt: skip
-        unknown = np.full(count, math.nan)
-        columns = {name: np.concatenate([column, rest.get(name, unknown)]) for name, column in columns.items()}
-    return columns
+def after_nan(start: Mapping[str, Any]) -> dict[str, float]:
+    """What a run that stopped at NaN counts as from there on: worthless texts, rewarded as the untrained model's."""
+    return {"gold": 0.0, "gold_std": 0.0, "reward": start["reward"], "reward_std": 0.0}
 
 
 def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one run; see the top of this file."""
-    curve = filled_curve(result, start)
+    curve = filled_curve(result, after_nan(start))
     steps, texts = curve["timesteps"], curve["episodes"]
     late = steps > 0.9 * steps[-1]
     levels = smooth(curve["gold"])
@@ -281,7 +268,7 @@ def write_report(folder: Path, tuned: Tuned, plots: bool = True) -> str:
         prepare_plots()
         curves = {
             setting: {
-                task: {name: [filled_curve(result, start[task]) for result in rs] for name, rs in methods.items()}
+                task: {m: [filled_curve(r, after_nan(start[task])) for r in results] for m, results in methods.items()}
                 for task, methods in tasks.items()
             }
             for setting, tasks in report.runs.items()

@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from rlhf_settings import ENV_ID, METHODS, arguments_of, described
 from rlhf_tasks import PROMPTS, TASKS
-from runs import Run, is_divergence, peak_mb, short, versions, write_json
+from runs import Run, learn, short, versions, write_json
 from stable_baselines3.common.vec_env import VecEnv
 from transformers.utils import logging
 
@@ -180,22 +180,10 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     logging.disable_progress_bar()
     partial = path.with_suffix(".partial")
     recorder, model = Recorder(run.task, partial), make_model(run)
-    wall, cpu, diverged = time.monotonic(), time.process_time(), None
-    try:
-        model.learn(run.budget, callback=recorder, log_interval=None)  # type: ignore[arg-type]
-    except (ValueError, FloatingPointError) as error:
-        if not is_divergence(error):
-            raise
-        diverged = str(error).splitlines()[0][:200]
-    result = described(run) | {
-        "timesteps": model.num_timesteps,
-        "diverged": diverged,
-        "wall_seconds": round(time.monotonic() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu - recorder.seconds_measuring, 2),
-        "cpu_seconds_measuring": round(recorder.seconds_measuring, 2),
-        "peak_mb": peak_mb(),
+    result = described(run) | learn(model, run, recorder)
+    result |= {
         "curve": curve(recorder.rows),
-        "samples": [] if diverged else samples(model, run.task),
+        "samples": [] if result["diverged"] else samples(model, run.task),
         "versions": versions(PACKAGES, SOURCES),
     }
     write_json(path, result)

@@ -119,6 +119,31 @@ def versions(packages: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
     }
 
 
+def learn(model: Any, run: Run, recorder: Any) -> dict[str, Any]:
+    """Train, up to the budget or to where it breaks down.
+
+    :param model: the algorithm of the run, on its environment.
+    :param run: which.
+    :param recorder: a callback; its ``seconds_measuring``, in CPU seconds, are no part of what training costs.
+    :return: the parts of a result that tell how far it came and what it cost.
+    """
+    wall, cpu, diverged = time.monotonic(), time.process_time(), None
+    try:
+        model.learn(run.budget, callback=recorder, log_interval=None)
+    except (ValueError, FloatingPointError) as error:
+        if not is_divergence(error):
+            raise
+        diverged = str(error).splitlines()[0][:200]
+    return {
+        "timesteps": model.num_timesteps,
+        "diverged": diverged,
+        "wall_seconds": round(time.monotonic() - wall, 2),
+        "cpu_seconds": round(time.process_time() - cpu - recorder.seconds_measuring, 2),
+        "cpu_seconds_measuring": round(recorder.seconds_measuring, 2),
+        "peak_mb": peak_mb(),
+    }
+
+
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +208,22 @@ def run_missing(
         for process in running:
             process.terminate()
     return failed
+
+
+def exit_code(script: str, run_all: Callable[[], int]) -> int:
+    """The exit code of a script that runs what is missing, after a message where it did not get to the end.
+
+    :param script: its name.
+    :param run_all: does it; the number of runs that failed.
+    """
+    try:
+        return min(run_all(), 1)
+    except ValueError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; `run` goes on from here", file=sys.stderr)
+        return 130
 
 
 def _start(script: Path, run: Run, path: Path) -> subprocess.Popen[str]:

@@ -226,7 +226,7 @@ def test_a_run_that_stops_at_nan_is_recorded_and_counts_as_the_random_policy(
     result = control_run.train(run_of("ppo", budget=2560), tmp_path / "0.json")
     assert "invalid values" in result["diverged"]
     assert result["timesteps"] < 2560
-    curve = control_report.filled_curve(result, random_return=-7.0)
+    curve = control_report.filled_curve(result, control_report.after_nan(-7.0))
     assert curve["timesteps"][-1] >= 2560
     assert list(curve["return"][-5:]) == [-7.0] * 5
     assert control_report.measures(result, -7.0)["final"] == -7.0

@@ -191,7 +191,7 @@ def test_a_run_that_stops_at_nan_is_worth_nothing_from_there_on() -> None:
     result = result_with([0.7] * 10, diverged="not finite", budget=2000)
     figures = rlhf_report.measures(result, START)
     assert (figures["final_gold"], figures["crashes"], figures["diverged"]) == (0, 1, 1)
-    assert rlhf_report.filled_curve(result, START)["timesteps"][-1] == 2000
+    assert rlhf_report.filled_curve(result, rlhf_report.after_nan(START))["timesteps"][-1] == 2000
 
 
 def test_the_best_member_of_a_family_is_chosen_once_all_have_been_tried() -> None:
