@@ -55,7 +55,7 @@ SUITES = {
     "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),
                   ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
     # Its runs of ppo and safe are those of the main suite.
-    "ablation": Suite(("lr-x3",), ("embedded",),
+    "ablation": Suite(("lr-x10",), tuple(TASKS),
                       ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
     # How much depends on SAFE's one coefficient; its default is among the main suite's.
     "strength": Suite(("lr-x3",), ("embedded",), tuple(STRENGTHS), seeds=5),
