@@ -85,7 +85,7 @@ def control() -> str:
     rows = []
     for label, figures in labelled:
         both = [figures[name] for name in PAIR.values()]
-        row = [label, str(len(both[1]["runs"])), span(both[1]["runs"])]
+        row = [label, str(len(both[0]["runs"])), span([count for figure in both for count in figure["runs"]])]
         row += [with_interval(figure[what], ".2f") for what in ("final", "average") for figure in both]
         row.append(f"{both[0]['dispersion'] / both[1]['dispersion']:.2f}")
         rows.append(row + [str(figure["crashes"]) for figure in both])
