@@ -44,11 +44,22 @@ STRESSES = {
     "biased-critic": "biased critic",
 }
 RATES = {"tuned": "tuned", "lr-x3": "rate x 3", "lr-x10": "rate x 10"}
-UNPRICED = {
+OTHERS = {
+    "ppo-adaptive": "PPO, adaptive KL in the reward",
     "ppo": "PPO without a KL",
     "ppo-target-kl": "PPO, `target_kl` 0.03",
     "published": "the published rule",
 }
+
+LAYERS = {
+    "double soft-min critic": ("safe-no-soft-min", "only-soft-min"),
+    "Huber loss of the critics": ("safe-no-huber", "only-huber"),
+    "KL penalty": ("safe-no-penalty", "only-penalty"),
+    "entropy gate (alone: with the penalty)": ("safe-no-gate", "only-penalty-gate"),
+    "moving threshold (alone: with the penalty)": ("safe-constant", "only-penalty-threshold"),
+    "bound on updates": ("safe-no-preview", "only-preview"),
+}
+"""Methods with a layer off alone, and on alone."""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -108,6 +119,18 @@ def larger() -> str:
     return markdown(["task", "seeds", *head], rows)
 
 
+def alternatives() -> str:
+    """Final returns of what might be used instead, on the tasks that all were run on, tuned."""
+    tasks = read("control/summary.json")["settings"]["tuned"]["tasks"]
+    columns = PAIR | {"PPO, `target_kl` 0.03": "ppo-target-kl", "TRPO": "trpo"}
+    rows = []
+    for task, figures in tasks.items():
+        if set(columns.values()) <= set(figures):
+            row = [figures[name] for name in columns.values()]
+            rows.append([task, *(f"{with_interval(found['final'], '.0f')} ({found['seeds']})" for found in row)])
+    return markdown(["task", *columns], rows)
+
+
 def rlhf() -> str:
     """SAFE beside PPO with the KL in its reward, by task and learning rate."""
     settings = read("rlhf/summary.json")["settings"]
@@ -123,15 +146,32 @@ def rlhf() -> str:
     return markdown(["task, learning rate", "seeds", *head], rows)
 
 
-def unpriced() -> str:
-    """Final gold of methods for which distance from the start has no price."""
+def others() -> str:
+    """Final gold of PPO's other forms, and of the paper's code."""
     settings = read("rlhf/summary.json")["settings"]
     rows = []
-    for method, label in UNPRICED.items():
+    for method, label in OTHERS.items():
         figures = [settings[setting]["embedded"][method] for setting in RATES]
         seeds = span([figure["seeds"] for figure in figures])
         rows.append([label, seeds, *(f"{figure['final_gold'][0]:.2f}" for figure in figures)])
     return markdown(["", "seeds", *RATES.values()], rows)
+
+
+def layers() -> str:
+    """Each layer off alone and on alone, in control and language."""
+    groups = read("control/summary.json")["settings"]["lr-x5"]["aggregate"].values()
+    control = next(rows for rows in groups if "safe-off" in rows)
+    language = read("rlhf/summary.json")["settings"]["lr-x10"]["embedded"]
+
+    def cells(off: str, on: str) -> list[str]:
+        """SAFE without a layer and with nothing else, in control and in language."""
+        found = [control[off]["final"], control[on]["final"]]
+        found += [language[off]["final_gold"], language["ppo" if on == "safe-off" else on]["final_gold"]]
+        return [f"{value[0]:.2f}" for value in found]
+
+    rows = [[label, *cells(*names)] for label, names in LAYERS.items()]
+    rows.append(["none off: SAFE; none on: PPO", *cells("safe", "safe-off")])
+    return markdown(["layer", "control, off alone", "on alone", "language, off alone", "on alone"], rows)
 
 
 def speed() -> str:
@@ -153,7 +193,7 @@ def text() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (control, larger, rlhf, unpriced, speed, text)
+    table.__name__: table for table in (control, larger, alternatives, rlhf, others, layers, speed, text)
 }
 
 

@@ -76,7 +76,7 @@ Method = tuple[type[SAFE], dict[str, Any]]
 PPO: dict[str, Any] = only()
 COEFFICIENTS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Of the KL in PPO's reward, units of reward per nat."""
-TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
+TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Of the adaptive coefficient, nats per token."""
 PRICES = (0.03, 0.05, 0.1)
 """Of SAFE, units of the reward's spread per nat: what its default was chosen from."""
