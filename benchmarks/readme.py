@@ -43,6 +43,7 @@ STRESSES = {
     "reward-noise": "reward noise",
     "biased-critic": "biased critic",
 }
+RLHF_TASKS = ("embedded", "length", "sparse")
 RATES = {"tuned": "tuned", "lr-x3": "rate x 3", "lr-x10": "rate x 10"}
 OTHERS = {
     "ppo-adaptive": "PPO, adaptive KL in the reward",
@@ -135,7 +136,7 @@ def rlhf() -> str:
     """SAFE beside PPO with the KL in its reward, by task and learning rate."""
     settings = read("rlhf/summary.json")["settings"]
     rows = []
-    for task in ("embedded", "length", "sparse"):
+    for task in RLHF_TASKS:
         for setting, label in RATES.items():
             both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
             row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
@@ -147,14 +148,16 @@ def rlhf() -> str:
 
 
 def others() -> str:
-    """Final gold of PPO's other forms, and of the paper's code."""
+    """Final gold of PPO's other forms, and of the paper's code, on the tasks that they were run on."""
     settings = read("rlhf/summary.json")["settings"]
     rows = []
     for method, label in OTHERS.items():
-        figures = [settings[setting]["embedded"][method] for setting in RATES]
-        seeds = span([figure["seeds"] for figure in figures])
-        rows.append([label, seeds, *(f"{figure['final_gold'][0]:.2f}" for figure in figures)])
-    return markdown(["", "seeds", *RATES.values()], rows)
+        for task in RLHF_TASKS:
+            figures = [settings[setting][task][method] for setting in RATES if method in settings[setting][task]]
+            if len(figures) == len(RATES):
+                seeds = span([figure["seeds"] for figure in figures])
+                rows.append([label, task, seeds, *(f"{figure['final_gold'][0]:.2f}" for figure in figures)])
+    return markdown(["", "task", "seeds", *RATES.values()], rows)
 
 
 def layers() -> str:
