@@ -68,7 +68,7 @@ def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() 
         task: sum(rows["tasks"][task]["safe"]["crashes"] for rows in CONTROL.values() if task in rows["tasks"])
         for task in small
     }
-    assert f"all of its\n{crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in README
+    assert f"all of its {crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in README
     assert not any(crashes.values())
 
 
