@@ -50,6 +50,12 @@ def test_averages_over_all_stress_are_those_of_the_report() -> None:
     assert f"over all stress together its training average is {safe:.2f}, PPO's {ppo:.2f}." in README
 
 
+def test_final_returns_of_early_stopping_under_stress_are_those_of_the_report() -> None:
+    tasks = (("lr-x5", "Pendulum-v1"), ("lr-x20", "CartPole-v1"))
+    pendulum, cartpole = (CONTROL[setting]["tasks"][task]["ppo-target-kl"]["final"][0] for setting, task in tasks)
+    assert f"at 5 times the rate it ends Pendulum at {pendulum:.0f}, at 20 times CartPole at {cartpole:.0f}." in README
+
+
 def test_what_is_said_of_thresholds_is_in_the_results() -> None:
     rows = LANGUAGE["settings"]["lr-x10"]["embedded"]
     constant, paper = (rows[name]["final_gold"][0] for name in ("safe-constant", "safe-paper"))
