@@ -13,8 +13,8 @@ them, for a run with points (steps t_i, mean true return r_i of the n_i episodes
 - a run that stopped at NaN counts as the random policy from there on
 - normalised: 0 is a random policy, 1 the RL Zoo's published PPO
 
-Intervals are 95 % stratified bootstrap. Over several tasks (and settings) each counts alike,
-whatever the number of its runs.
+Intervals are 95 % stratified bootstrap. Over several tasks (and settings) each counts alike, whatever the number of
+its runs.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py
 
-A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fails where README has
-another one than this would write.
+A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fails where README has another one than
+this would write.
 """
 
 import json

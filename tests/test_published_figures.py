@@ -30,6 +30,21 @@ def test_a_table_of_other_figures_is_replaced_and_text_around_it_is_not() -> Non
     assert "| PPO without a KL | " in made
 
 
+def test_ppo_and_safe_have_as_many_seeds_wherever_they_are_compared() -> None:
+    pairs = [(task["ppo"], task["safe"]) for setting in CONTROL.values() for task in setting["tasks"].values()]
+    rates = [LANGUAGE["settings"][setting] for setting in readme.RATES]
+    pairs += [(tasks[task]["ppo-kl"], tasks[task]["safe"]) for tasks in rates for task in readme.RLHF_TASKS]
+    assert all(ppo["seeds"] == safe["seeds"] for ppo, safe in pairs)
+
+
+def test_what_is_said_of_tuning_is_what_was_chosen() -> None:
+    tuned = json.loads((ROOT / "benchmarks/results/rlhf/tuned.json").read_text())
+    chosen = [tuned[task]["ppo-kl"].removeprefix("ppo-kl-") for task in readme.RLHF_TASKS]
+    assert f"at the tuned rate ({', '.join(chosen)}), chosen on one seed" in README
+    target = tuned["embedded"]["ppo-adaptive"].removeprefix("ppo-adaptive-")
+    assert f"best of six targets, {target} nats a token" in README
+
+
 def test_what_the_layers_cost_is_what_was_measured() -> None:
     tasks = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["tasks"]
     seconds = {
