@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_safe import SAFE, SafeController, TwinCriticPolicy
 from sb3_safe.presets import preset
-from sb3_safe.safe import CONTROLLER_DEFAULTS, MAX_PREVIEW_KL, Reference
+from sb3_safe.safe import MAX_PREVIEW_KL, Reference, controller_defaults
 
 # What PPO and SAFE have in common. A preset's value wins over SB3's default; nothing here is SAFE's own.
 SHARED = (
@@ -119,7 +119,8 @@ def described(run: Run) -> dict[str, Any]:
     settings, description = preset(run.task), dict(arguments_of(run))
     if ALGORITHMS[run.algorithm][0] is SAFE:
         # Written out, because a default that is changed changes the run.
-        description = safe_defaults() | description
+        n_actions = description["n_steps"] * settings["n_envs"]
+        description = safe_defaults(TwinCriticPolicy, SafeController, "rollout", n_actions) | description
     return {
         **run._asdict(),
         "n_envs": settings["n_envs"],
@@ -129,14 +130,13 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def safe_defaults(
-    policy: type = TwinCriticPolicy, controller: type = SafeController, reference: Reference = "rollout"
-) -> dict[str, Any]:
+def safe_defaults(policy: type, controller: type, reference: Reference, n_actions: int) -> dict[str, Any]:
     """Defaults of SAFE's own arguments, of its controller's and of its policy's.
 
     :param policy: class of the policy.
     :param controller: class of the KL controller.
     :param reference: what the KL is measured to by default with that policy.
+    :param n_actions: of a rollout.
     """
     shared = inspect.signature(PPO.__init__).parameters
 
@@ -148,7 +148,7 @@ def safe_defaults(
     critics = {name: defaults(policy.__init__).get(name) for name in ("n_critics", "soft_min_alpha")}
     constants = defaults(controller.__init__)
     if "tau_base" in constants:
-        constants |= CONTROLLER_DEFAULTS[reference]
+        constants |= controller_defaults(reference, n_actions)
     own["max_preview_kl"] = MAX_PREVIEW_KL[reference]
     omitted = ("n_envs", "env_kwargs")
     kept = {name: value for name, value in own.items() if name not in omitted}

@@ -145,5 +145,5 @@ def described(run: Run) -> dict[str, Any]:
     """Everything that decides a run's outcome but the code, as JSON: what tells whether a result is still valid."""
     arguments = arguments_of(run)
     controller = CONTROLLERS[arguments.get("kl_controller", "safe")]
-    arguments = safe_defaults(LanguagePolicy, controller, "initial") | arguments
+    arguments = safe_defaults(LanguagePolicy, controller, "initial", TOKENS) | arguments
     return {**run._asdict(), "class": METHODS[run.algorithm][0].__name__, "arguments": plain(arguments)}

@@ -16,6 +16,23 @@ PHASES: tuple[Phase, ...] = ("WARMUP", "CLIMBING", "PLATEAU", "CONVERGED")
 Threshold = Literal["earned", "paper", "constant"]
 
 
+def rollout_threshold(n_actions: int) -> float:
+    """KL that an update is free to take against the policy that wrote the rollout: ``ceiling / (1 + noise / n)``.
+
+    Advantages of few actions are mostly noise, and so is a step along them. Where the gradient of ``B`` samples has as
+    much noise as signal, the best learning rate on ``n`` samples is ``1 / (1 + B / n)`` of that without noise. The
+    squared length of such a gradient is larger by ``1 + B / n``, so the squared length of the best step, which its KL
+    goes with, is again ``1 / (1 + B / n)`` of the largest. The two constants were chosen on control tasks
+    (``benchmarks/README.md``): 0.1 nats and 1024 actions, so 0.02 for a rollout of 256 and 0.08 for one of 4096.
+
+    :param n_actions: of a rollout, over all environments.
+    :return: nats per action.
+
+    See McCandlish et al. 2018, equation 2.6, https://arxiv.org/abs/1812.06162
+    """
+    return 0.1 / (1 + 1024 / n_actions)
+
+
 class KLController:
     """Base of all KL controllers, and the interface of your own.
 
@@ -128,7 +145,8 @@ class SafeController(KLController):
     :param coef: ``c``, strength of the penalty above the threshold.
     :param price: coefficient of the KL below the threshold, where the paper has none. Against the starting policy a
         policy for which KL is free spends it on what the reward model overrates.
-    :param tau_base: nats per action: 0.3 a token against the starting policy (paper), 0.02 against the rollout policy.
+    :param tau_base: nats per action: 0.3 a token against the starting policy (paper); against the rollout policy SAFE
+        takes :func:`rollout_threshold`.
     :param threshold: ``"earned"``, ``"paper"`` or ``"constant"``.
     :param max_step: largest relaxation of the earned threshold per rollout, in units of ``tau_base``.
     :param max_threshold: ceiling of the earned threshold, in units of ``tau_base``.

@@ -25,7 +25,7 @@ from torch import Tensor
 from sb3_safe import environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
-from sb3_safe.controller import KLController, make_controller
+from sb3_safe.controller import KLController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
 from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
@@ -42,16 +42,23 @@ Estimator = Literal["k1", "k2", "k3", "exact"]
 
 # Which estimators have the right gradient against which reference; the first is the default.
 ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k3", "exact"), "rollout": ("k3",)}
-# The rollout policy is near and always the last one: a penalty against it is a brake, and distance itself has no price.
-CONTROLLER_DEFAULTS: dict[Reference, dict[str, float]] = {
-    "initial": {},
-    "rollout": {"coef": 2.0, "price": 0.0, "tau_base": 0.02},
-}
 # Nats per action. A text has many actions, whose distances add up.
 MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
 RETURN_SCALE_DECAY = 0.9
 LOSS = ("_loss", "_kl_term")
 """Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
+
+
+def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float]:
+    """What a SAFE controller takes where it is told nothing else, and its own defaults do not fit.
+
+    :param reference: what the KL is measured to.
+    :param n_actions: of a rollout, over all environments.
+    """
+    if reference == "initial":
+        return {}
+    # The rollout policy is near and always the last one: a penalty against it is a brake, distance itself has no price.
+    return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions)}
 
 
 class SAFE(OnPolicyAlgorithm):
@@ -256,9 +263,9 @@ class SAFE(OnPolicyAlgorithm):
         return super()._get_policy_from_name(policy_name)
 
     def _make_controller(self) -> None:
-        self.controller = make_controller(
-            self.kl_controller, CONTROLLER_DEFAULTS[self.kl_reference], **self.kl_controller_kwargs
-        )
+        n_envs = getattr(self, "n_envs", 1)  # load() builds this without one, and restores the controller after
+        defaults = controller_defaults(self.kl_reference, max(1, self.n_steps * n_envs))
+        self.controller = make_controller(self.kl_controller, defaults, **self.kl_controller_kwargs)
         # A list, because that is what saving makes of a tuple.
         self._controller_made_of = [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]
 

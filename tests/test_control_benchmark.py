@@ -16,6 +16,8 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_safe import SAFE
 from sb3_safe.buffers import SafeRolloutBuffer
+from sb3_safe.controller import rollout_threshold
+from sb3_safe.presets import preset
 from tests.tiny_envs import TinyEnv
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -49,6 +51,9 @@ def test_safe_has_the_same_arguments_of_its_own_on_every_task() -> None:
     for task in control.TASKS:
         arguments = control_settings.described(run_of("safe", task=task))["arguments"]
         own.append({k: v for k, v in arguments.items() if k not in control_settings.SHARED and k != "policy_kwargs"})
+        # Its one argument that follows the task does so by a rule.
+        threshold = own[-1]["defaults"]["controller"].pop("tau_base")
+        assert threshold == rollout_threshold(arguments["n_steps"] * preset(task)["n_envs"])
     assert all(entry == own[0] for entry in own)
     assert own[0]["max_preview_kl"] is not None
 

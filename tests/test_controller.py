@@ -17,6 +17,7 @@ from sb3_safe.controller import (
     NoKL,
     SafeController,
     make_controller,
+    rollout_threshold,
 )
 
 RULES = ("earned", "paper", "constant")
@@ -415,6 +416,13 @@ def test_controllers_are_made_by_name(name: str, kind: type[KLController]):
 def test_a_safe_controller_takes_the_threshold_of_its_reference_unless_told_otherwise():
     assert make_controller("safe", {"tau_base": 0.02}).tau_base == 0.02
     assert make_controller(SafeController, {"tau_base": 0.02}, tau_base=0.5).tau_base == 0.5
+
+
+def test_a_rollout_of_few_actions_frees_less_kl():
+    assert [rollout_threshold(n) for n in (256, 1024, 4096)] == pytest.approx([0.02, 0.05, 0.08])
+    thresholds = [rollout_threshold(n) for n in (1, 64, 2048, 10**12)]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[-1] == pytest.approx(0.1)
 
 
 def test_a_controller_of_ones_own_is_made_from_its_class():

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNo
 
 from sb3_safe import SAFE, TwinCriticPolicy
 from sb3_safe.buffers import SafeRolloutBuffer
+from sb3_safe.controller import rollout_threshold
 from tests.tiny_envs import ACTIONS, TinyEnv
 
 SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
@@ -123,7 +124,9 @@ def test_every_controller_trains_against_every_reference(controller: str, refere
 
 def test_the_threshold_follows_the_reference_unless_given():
     made = [SAFE("MlpPolicy", "CartPole-v1", kl_reference=reference, **SMALL) for reference in ("initial", "rollout")]
-    assert [model.controller.tau_base for model in made] == [0.3, 0.02]
+    assert [model.controller.tau_base for model in made] == [0.3, rollout_threshold(SMALL["n_steps"])]
+    two = SAFE("MlpPolicy", "CartPole-v1", n_envs=2, **SMALL)
+    assert two.controller.tau_base == rollout_threshold(2 * SMALL["n_steps"])
     mine = SAFE("MlpPolicy", "CartPole-v1", kl_controller_kwargs={"tau_base": 0.7, "threshold": "paper"}, **SMALL)
     assert mine.controller.tau_base == 0.7
     assert mine.controller.threshold_rule == "paper"

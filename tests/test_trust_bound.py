@@ -39,8 +39,9 @@ class Watched(SAFE):
 
 
 def watched(env_id: str = "CartPole-v1", **kwargs: Any) -> Watched:
-    # PPO's own clip would hold back much of what is tried here.
+    # PPO's own clip would hold back much of what is tried here, and so would a threshold for so few actions.
     defaults: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0, "clip_range": 100.0}
+    defaults["kl_controller_kwargs"] = {"tau_base": 0.02}
     return Watched(
         "MlpPolicy", make_vec_env(env_id, 2, seed=0), policy_kwargs={"net_arch": [16]}, **(defaults | kwargs)
     )
