@@ -17,7 +17,7 @@ Row = Mapping[str, float]
 SMOOTHING = 5
 """Rollouts that a level is the mean of."""
 SPIKE_FLOOR = 0.02
-"""Nats per action: what an update may move unpunished (SAFE's threshold against a rollout policy of 256 actions)."""
+"""Nats per action: what an update may move unpunished (SAFE's threshold for rollouts of 256 actions)."""
 
 
 def smooth(values: ArrayLike, window: int = SMOOTHING) -> FloatArray:
