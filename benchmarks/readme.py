@@ -114,9 +114,9 @@ def larger() -> str:
         row = [task, span([figure["seeds"] for figure in both])]
         for what in ("final", "average"):
             row += [with_interval(figure[what], ".0f") for figure in both]
-        row += [f"{figure[what]:.0f}" for what in ("dispersion", "crashes", "cpu_seconds") for figure in both]
+        row += [f"{figure[what]:.0f}" for what in ("dispersion", "crashes") for figure in both]
         rows.append(row)
-    head = [*beside("final"), *beside("training average"), *beside("dispersion"), *beside("crashes"), *beside("CPU s")]
+    head = [*beside("final"), *beside("training average"), *beside("dispersion"), *beside("crashes")]
     return markdown(["task", "seeds", *head], rows)
 
 

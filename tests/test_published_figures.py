@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -79,7 +80,7 @@ def test_what_is_said_of_thresholds_is_in_the_results() -> None:
 
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
     pendulum = {name: f"{row['average'][0]:.0f}" for name, row in CONTROL["tuned"]["tasks"]["Pendulum-v1"].items()}
-    assert f"its training average is {pendulum['safe']} there, PPO's {pendulum['ppo']}," in README
+    assert f"at the tuned rate its training average is {pendulum['safe']}, PPO's {pendulum['ppo']}." in README
     assert f"at the tuned rate the\naverage is {pendulum['safe-no-penalty']} without it" in README
     for file in (ROOT / "benchmarks/results/control").glob("*/*/safe-constant/*.json"):
         same = json.loads((file.parent.parent / "safe" / file.name).read_text())
@@ -91,6 +92,29 @@ def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() 
     }
     assert f"all of its {crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in README
     assert not any(crashes.values())
+
+
+def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
+    faster = {
+        task: [
+            setting
+            for setting, content in CONTROL.items()
+            if content["tasks"][task]["safe"]["average"][0] > content["tasks"][task]["ppo"]["average"][0]
+        ]
+        for task in ("Pendulum-v1", "CartPole-v1")
+    }
+    assert "On Pendulum SAFE learns faster in every row" in README
+    assert faster["Pendulum-v1"] == ["tuned", *readme.STRESS]
+    assert "CartPole it does at 20 times the rate and without clipping only" in README
+    assert faster["CartPole-v1"] == ["lr-x20", "clip-1"]
+    ratios = [figures[0]["dispersion"] / figures[1]["dispersion"] for figures in pairs_of_stress()]
+    assert round(min(ratios)) == 1
+    assert f"between the same and {max(ratios):.1f} times smaller" in README
+
+
+def pairs_of_stress() -> list[list[dict[str, Any]]]:
+    groups = [next(iter(CONTROL[setting]["aggregate"].values())) for setting in readme.STRESS]
+    return [[group["ppo"], group["safe"]] for group in groups]
 
 
 def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -> None:
