@@ -28,7 +28,7 @@ def rollout_threshold(n_actions: int) -> float:
     :param n_actions: of a rollout, over all environments.
     :return: nats per action.
 
-    See McCandlish et al. 2018, equation 2.6, https://arxiv.org/abs/1812.06162
+    See McCandlish et al. 2018, section 2.2, https://arxiv.org/abs/1812.06162
     """
     return 0.1 / (1 + 1024 / n_actions)
 

@@ -10,6 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_safe import SAFE, FixedKL, KLController
+from sb3_safe.controller import rollout_threshold
 
 SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
 KINDS = {
@@ -169,6 +170,13 @@ def test_another_controller_on_loading_is_used_or_refused(tmp_path: Path):
     else:
         assert isinstance(loaded.controller, FixedKL)
         assert loaded.controller.coef == 0.7
+
+
+def test_a_loaded_controller_has_the_threshold_of_the_rollouts_it_was_made_for(tmp_path: Path):
+    trained(n_envs=2).save(tmp_path / "model")
+    for changed in ({}, {"kl_controller_kwargs": {"coef": 0.7}}):  # kept, and made anew
+        loaded = SAFE.load(tmp_path / "model", **changed)
+        assert loaded.controller.tau_base == rollout_threshold(2 * SETTINGS["n_steps"])
 
 
 def test_a_schedule_survives(tmp_path: Path):
