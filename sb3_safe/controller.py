@@ -25,7 +25,7 @@ def rollout_threshold(n_actions: int) -> float:
     goes with, is again ``1 / (1 + B / n)`` of the largest. The two constants were chosen on control tasks
     (``benchmarks/README.md``): 0.1 nats and 1024 actions, so 0.02 for a rollout of 256 and 0.08 for one of 4096.
 
-    :param n_actions: of a rollout, over all environments.
+    :param n_actions: of a rollout, over all environments; at least 1.
     :return: nats per action.
 
     See McCandlish et al. 2018, section 2.2, https://arxiv.org/abs/1812.06162
