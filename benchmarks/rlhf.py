@@ -52,6 +52,8 @@ class Suite(NamedTuple):
 
 SUITES = {
     "tuning": Suite(("tuning",), tuple(TASKS), tuple(m for members in FAMILIES.values() for m in members), seeds=2),
+    # Each method's own rate: PPO's on each task with its coefficient, SAFE's one for all.
+    "rates": Suite(tuple(TUNING), tuple(TASKS), ("safe", *FAMILIES["ppo-kl"]), seeds=1),
     "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),
                   ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
     # Its runs of ppo and safe are those of the main suite.

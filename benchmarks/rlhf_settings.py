@@ -39,12 +39,13 @@ SETTINGS = {
     "lr-x10": Setting(rate=10.0),
     # On seeds of its own, from TUNING_SEED on.
     "tuning": Setting(),
+    "tuning-x3": Setting(rate=3.0),
     "tuning-x10": Setting(rate=10.0),
     "quick": Setting(rate=3.0, iterations=150),
     "quick-x10": Setting(rate=10.0, iterations=150),
 }
-TUNING = ("tuning", "tuning-x10")
-"""Settings that choose; what is chosen is compared on the others."""
+TUNING = {"tuning": "tuned", "tuning-x3": "lr-x3", "tuning-x10": "lr-x10"}
+"""Settings that choose, and those of the same rate on which what is chosen is compared."""
 TUNING_SEED = 100
 TUNED_FILE = "tuned.json"
 """In the folder of the results: the member of each family that is best at each task."""
