@@ -5,7 +5,7 @@ them, for a run with points (steps t_i, mean gold score g_i and mean reward r_i 
 point before):
 
 - final: mean over the texts of the last tenth of training
-- average: mean of r over training time, sum of r_i (t_i - t_{i-1}) / t_last
+- average: mean of r, or g, over training time, sum of r_i (t_i - t_{i-1}) / t_last
 - best gold: the highest of the smoothed g_i (mean of 5 points)
 - crashes: sb3_safe.stability.crashes of the smoothed g_i, from within 10 % of the best gain over the untrained model to
   under half of it; gains within three standard errors of a smoothed point do not count
@@ -17,8 +17,13 @@ point before):
 - a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's
 
 ``ppo-kl`` and ``ppo-adaptive`` are, on each task, the member of the family with the highest mean final gold in tuning.
+
+"Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: SAFE's is one for all tasks,
+PPO's is chosen on each, together with its coefficient. Iterations to PPO's gold: the first point at which the smoothed
+g_i is within 5 % of the final gold of that PPO (IQM over its runs); the median over runs.
 """
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -32,13 +37,17 @@ from reporting import Runs, digits, estimate, filled_curve, median, number, prep
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
-from rlhf_settings import FAMILIES, METHODS, SETTINGS, TUNED_FILE, TUNING, resolved
+from rlhf_settings import FAMILIES, METHODS, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
 from rlhf_tasks import TASKS
 from runs import write_json
 
 from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
 
 Tuned = Mapping[str, Mapping[str, str]]
+Tuning = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+"""Setting that tunes -> task -> method -> mean final gold and number of seeds."""
+Cell = tuple[str, str, str]
+"""Setting, task and method."""
 
 ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *VARIANTS, *METHODS)
 SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "safe")
@@ -46,6 +55,8 @@ SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "safe")
 LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")
 SIGNIFICANT = 3.0
 """Standard errors that gains and losses must exceed to count as such."""
+LEVEL = 0.95
+"""Share of PPO's final gold that counts as having reached it."""
 
 
 def after_nan(start: Mapping[str, Any]) -> dict[str, float]:
@@ -62,13 +73,15 @@ def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, f
     error = start["gold_std"] / math.sqrt(SMOOTHING * float(np.median(texts)))
     jumps = dispersion(curve["reward"], curve["reward_std"], texts)
     final = float(np.average(curve["gold"][late], weights=texts[late]))
+    spans = np.diff(steps, prepend=0.0) / steps[-1]
     final_error = start["gold_std"] / math.sqrt(float(texts[late].sum()))
     last = {name: curve[name][late] for name in LAST}
     return {
         "final_gold": final,
         "best_gold": float(levels.max()),
         "final_reward": float(np.average(curve["reward"][late], weights=texts[late])),
-        "average_reward": float(np.sum(curve["reward"] * np.diff(steps, prepend=0.0)) / steps[-1]),
+        "average_reward": float(np.sum(curve["reward"] * spans)),
+        "average_gold": float(np.sum(curve["gold"] * spans)),
         "dispersion_net": jumps.net,
         "crashes": crashes(levels, start=start["gold"], noise=SIGNIFICANT * error),
         "ruined": float(final < start["gold"] - SIGNIFICANT * final_error),
@@ -79,22 +92,40 @@ def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, f
     }
 
 
-def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], Tuning]:
     """The best member of every family that was tuned completely, and what tuning showed.
 
-    :return: task -> family -> method, and by setting and task, method -> mean final gold and number of seeds.
+    :return: task -> family -> method, and the figures of all that was tried.
     """
     best: dict[str, dict[str, str]] = {}
-    table: dict[str, Any] = {}
+    table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for setting, task, methods in ((s, task, methods) for s in TUNING for task, methods in runs.get(s, {}).items()):
         gold = {m: [measures(result, start[task])["final_gold"] for result in rs] for m, rs in methods.items()}
         means = {m: float(np.mean(values)) for m, values in gold.items()}
         ordered = sorted(gold, key=_order)
-        table[f"{setting}: {task}"] = {m: {"final_gold": digits(means[m]), "seeds": len(gold[m])} for m in ordered}
+        table[setting][task] = {m: {"final_gold": digits(means[m]), "seeds": len(gold[m])} for m in ordered}
         if setting == "tuning":
             complete = {family: members for family, members in FAMILIES.items() if set(members) <= set(means)}
             best[task] = {family: max(members, key=lambda m: means[m]) for family, members in complete.items()}
     return best, table
+
+
+def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
+    """The best learning rate of SAFE, one for all tasks, and of PPO on each, with the best coefficient at that.
+
+    :return: task -> "ppo-kl" and "safe" -> setting that tunes and method; nothing unless all has been tried.
+    """
+    members = FAMILIES["ppo-kl"]
+    for setting, task in itertools.product(TUNING, TASKS):
+        if not {"safe", *members} <= set(tuning.get(setting, {}).get(task, {})):
+            return {}
+
+    def gold(setting: str, task: str, method: str) -> float:
+        return float(tuning[setting][task][method]["final_gold"])
+
+    safe = max(TUNING, key=lambda setting: sum(gold(setting, task, "safe") for task in TASKS)), "safe"
+    pairs = list(itertools.product(TUNING, members))
+    return {task: {"ppo-kl": max(pairs, key=lambda pair: gold(pair[0], task, pair[1])), "safe": safe} for task in TASKS}
 
 
 def _order(method: str) -> int:
@@ -132,21 +163,26 @@ class Report:
         labelled = {names.get(method, method): results for method, results in methods.items()}
         return {name: labelled[name] for name in sorted(labelled, key=_order)}
 
-    def column(self, setting: str, task: str, method: str, name: str) -> FloatArray:
+    def column(self, cell: Cell, name: str) -> FloatArray:
         """One figure of all runs."""
+        setting, task, method = cell
         return np.array([run[name] for run in self.measures[setting][task][method]], dtype=np.float64)
 
-    def row(self, setting: str, tasks: Sequence[str], method: str) -> dict[str, Any]:
-        """Figures of a method on one task, or over several, which count alike; ``seeds``: of the task with fewest."""
+    def row(self, cells: Sequence[Cell], rivals: Sequence[Cell] = ()) -> dict[str, Any]:
+        """Figures of a method on one task, or over several, which count alike; ``seeds``: of the task with fewest.
 
-        def columns(name: str, method: str = method) -> list[FloatArray]:
-            return [self.column(setting, task, method, name) for task in tasks]
+        :param cells: one for each task.
+        :param rivals: SAFE's, where it is compared with something else.
+        """
+
+        def columns(name: str, cells: Sequence[Cell] = cells) -> list[FloatArray]:
+            return [self.column(cell, name) for cell in cells]
 
         row: dict[str, Any] = {"seeds": min(map(len, columns("final_gold")))}
-        for name in ("final_gold", "average_reward", "final_reward"):
+        for name in ("final_gold", "average_gold", "average_reward", "final_reward"):
             row[name] = estimate(columns(name))
-        if method != "safe" and all("safe" in self.measures[setting][task] for task in tasks):
-            pair = columns("final_gold", "safe"), columns("final_gold")
+        if rivals:
+            pair = columns("final_gold", rivals), columns("final_gold")
             ends = interval(probability_of_improvement, *pair)
             row["safe_is_better"] = [digits(float(v)) for v in (probability_of_improvement(*pair), *ends)]
         fallen = np.concatenate(columns("crashes"))
@@ -154,8 +190,8 @@ class Report:
         row |= {name: int(np.concatenate(columns(name)).sum()) for name in ("ruined", "diverged")}
         for name in ("best_gold", "dispersion_net", "largest_update_kl", "cpu_seconds", *LAST):
             known = [column[np.isfinite(column)] for column in columns(name)]
-            row[name] = median(np.concatenate(known)) if len(tasks) == 1 else None
-            if len(tasks) > 1 and all(map(len, known)):
+            row[name] = median(np.concatenate(known)) if len(cells) == 1 else None
+            if len(cells) > 1 and all(map(len, known)):
                 row[name] = digits(float(iqm(known)))
         return row
 
@@ -163,12 +199,65 @@ class Report:
         """Everything the tables show, as JSON: setting -> task or "all tasks" -> method -> figures."""
         summary: dict[str, Any] = {}
         for setting, by_task in self.measures.items():
-            tasks = {task: {m: self.row(setting, [task], m) for m in methods} for task, methods in by_task.items()}
+            tasks = {task: {m: self._rated(setting, [task], m) for m in methods} for task, methods in by_task.items()}
             if len(by_task) > 1:
                 common = [m for m in next(iter(by_task.values())) if all(m in methods for methods in by_task.values())]
-                tasks["all tasks"] = {m: self.row(setting, list(by_task), m) for m in common}
+                tasks["all tasks"] = {m: self._rated(setting, list(by_task), m) for m in common}
             summary[setting] = tasks
         return summary
+
+    def _rated(self, setting: str, tasks: Sequence[str], method: str) -> dict[str, Any]:
+        """Figures of a method, and how often SAFE beats it in the same setting."""
+        rivals = [(setting, task, "safe") for task in tasks if "safe" in self.measures[setting][task]]
+        known = method != "safe" and len(rivals) == len(tasks)
+        return self.row([(setting, task, method) for task in tasks], rivals if known else ())
+
+    def at_own_rates(self, chosen: Mapping[str, Mapping[str, tuple[str, str]]]) -> dict[str, Any]:
+        """Figures of PPO and SAFE, each at its own learning rate: task or "all tasks" -> method -> figures.
+
+        :param chosen: as :func:`own_rates` has it. Tasks on which one of the two has no runs are left out.
+        """
+        pairs = {
+            task: {name: self._cell(task, *choice) for name, choice in both.items()} for task, both in chosen.items()
+        }
+        pairs = {task: pair for task, pair in pairs.items() if all(map(self._has_runs, pair.values()))}
+        rows: dict[str, Any] = {}
+        for task, pair in pairs.items():
+            rows[task] = self._pair([pair])
+            level = LEVEL * rows[task]["ppo-kl"]["final_gold"][0]
+            for name, cell in pair.items():
+                reached = self._iterations_to(level, cell)
+                rows[task][name] |= {
+                    "setting": cell[0],
+                    "method": chosen[task][name][1],
+                    "iterations_to_level": reached,
+                }
+        if len(pairs) > 1:
+            rows["all tasks"] = self._pair(list(pairs.values()))
+        return rows
+
+    def _pair(self, pairs: Sequence[Mapping[str, Cell]]) -> dict[str, dict[str, Any]]:
+        ppo, safe = ([pair[name] for pair in pairs] for name in ("ppo-kl", "safe"))
+        return {"ppo-kl": self.row(ppo, safe), "safe": self.row(safe)}
+
+    def _has_runs(self, cell: Cell) -> bool:
+        setting, task, method = cell
+        return method in self.measures.get(setting, {}).get(task, {})
+
+    def _cell(self, task: str, tuning: str, method: str) -> Cell:
+        """Where the runs are to which a choice of tuning led."""
+        names = {resolved(family, task, self.tuned): family for family in FAMILIES}
+        return TUNING[tuning], task, names.get(method, method)
+
+    def _iterations_to(self, level: float, cell: Cell) -> float | None:
+        """Median over runs of the first point with smoothed gold of at least ``level``; ``None``: never."""
+        setting, task, method = cell
+        reached = []
+        for result in self.runs[setting][task][method]:
+            curve = filled_curve(result, after_nan(self.start[task]))
+            above = np.flatnonzero(smooth(curve["gold"])[SMOOTHING - 1 :] >= level)
+            reached.append(curve["timesteps"][SMOOTHING - 1 :][above[0]] / TOKENS if above.size else math.inf)
+        return digits(float(np.median(reached)))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -176,7 +265,7 @@ class Report:
 COLUMNS = (
     ("seeds", "seeds", "d"), ("final gold", "final_gold", ".2f"), ("P(SAFE better)", "safe_is_better", ".2f"),
     ("best gold", "best_gold", ".2f"), ("crashes", "crashes", "d"), ("crashed runs", "crashed_runs", "d"),
-    ("ruined runs", "ruined", "d"),
+    ("average gold", "average_gold", ".2f"), ("ruined runs", "ruined", "d"),
     ("NaN", "diverged", "d"), ("final reward", "final_reward", ".2f"), ("average reward", "average_reward", ".2f"),
     ("dispersion, net", "dispersion_net", ".3f"), ("KL per text", "kl_per_text", ".1f"), ("entropy", "entropy", ".2f"),
     ("distinct-2", "distinct_2", ".2f"), ("tokens", "length", ".1f"), ("ended", "stop_share", ".2f"),
@@ -185,11 +274,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _cell(value: Any, form: str) -> str:
+TO_LEVEL = ("iterations to PPO's gold", "iterations_to_level", ".0f")
+
+
+def _rows(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table's lines."""
+    lines = ["| method | " + " | ".join(head for head, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, row in rows.items():
+        cells = [_shown_value(row.get(name), form) for _, name, form in columns]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _shown_value(value: Any, form: str) -> str:
     return with_interval(value, form) if isinstance(value, list) or value is None else number(value, form)
 
 
-def tables(summary: Mapping[str, Any], tuning: Mapping[str, Any], start: Mapping[str, Any], tuned: Tuned) -> str:
+def tables(
+    summary: Mapping[str, Any], own: Mapping[str, Any], tuning: Tuning, start: Mapping[str, Any], tuned: Tuned
+) -> str:
     """The summary as Markdown."""
     lines = ["# RLHF laboratory", "", "Made by `python benchmarks/rlhf.py report`; definitions in"
              " `benchmarks/README.md`. IQM with 95 % stratified bootstrap intervals."]  # fmt: skip
@@ -200,16 +303,18 @@ def tables(summary: Mapping[str, Any], tuning: Mapping[str, Any], start: Mapping
                 members = ", ".join(resolved(family, task, tuned) for family in FAMILIES)
                 lines += [f"Untrained: gold {start[task]['gold']:.2f}, reward {start[task]['reward']:.2f},"
                           f" {start[task]['length']:.1f} tokens. Tuned: {members}.", ""]  # fmt: skip
-            lines.append("| method | " + " | ".join(head for head, _, _ in COLUMNS) + " |")
-            lines.append("|---" * (len(COLUMNS) + 1) + "|")
-            for method, row in rows.items():
-                cells = [_cell(row.get(name), form) for _, name, form in COLUMNS]
-                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines += _rows(COLUMNS, rows)
+    if own:
+        lines += ["", "## Each at its own learning rate"]
+        for task, rows in own.items():
+            named = {", ".join((row.get("method", name), row.get("setting", "own"))): row for name, row in rows.items()}
+            lines += ["", f"### {task}", "", *_rows((TO_LEVEL, *COLUMNS), named)]
     if tuning:
-        lines += ["", "## Tuning: mean final gold (seeds)", "", "| method | " + " | ".join(tuning) + " |"]
-        lines.append("|---" * (len(tuning) + 1) + "|")
-        for method in (name for name in METHODS if any(name in rows for rows in tuning.values())):
-            found = [rows.get(method) for rows in tuning.values()]
+        columns = {f"{setting}: {task}": rows for setting, tasks in tuning.items() for task, rows in tasks.items()}
+        lines += ["", "## Tuning: mean final gold (seeds)", "", "| method | " + " | ".join(columns) + " |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for method in (name for name in METHODS if any(name in rows for rows in columns.values())):
+            found = [rows.get(method) for rows in columns.values()]
             cells = ["-" if row is None else f"{row['final_gold']:.3f} ({row['seeds']})" for row in found]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -254,15 +359,15 @@ def write_report(folder: Path, tuned: Tuned, plots: bool = True) -> str:
     if best:
         write_json(folder / TUNED_FILE, best)
     report = Report(runs, start, tuned)
-    summary = report.summary()
+    summary, own = report.summary(), report.at_own_rates(own_rates(tuning))
     found = [
         r for tasks in runs.values() for methods in tasks.values() for results in methods.values() for r in results
     ]
     # Results of another source than their neighbours' are worth knowing of.
     sources = sorted({result["versions"]["sb3_safe_source"] for result in found})
-    text = json.dumps({"sources": sources, "tuning": tuning, "settings": summary}, indent=1)
+    text = json.dumps({"sources": sources, "tuning": tuning, "settings": summary, "own_rates": own}, indent=1)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "tables.md").write_text(tables(summary, tuning, start, tuned), encoding="utf-8")
+    (folder / "tables.md").write_text(tables(summary, own, tuning, start, tuned), encoding="utf-8")
     (folder / "samples.md").write_text(sample_tables(report), encoding="utf-8")
     if plots:
         prepare_plots()

@@ -123,7 +123,7 @@ def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -
 
 
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
-    tuning = LANGUAGE["tuning"]["tuning-x10: embedded"]
+    tuning = LANGUAGE["tuning"]["tuning-x10"]["embedded"]
     ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
     safe = min(figures["final_gold"] for name, figures in tuning.items() if name.startswith("safe"))
     assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in README

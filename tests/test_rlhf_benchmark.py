@@ -198,9 +198,55 @@ def test_the_best_member_of_a_family_is_chosen_once_all_have_been_tried() -> Non
     tried = {method: [result_with([0.5 + 0.1 * i] * 10)] for i, method in enumerate(FAMILIES["ppo-kl"])}
     best, table = rlhf_report.tuned_methods({"tuning": {"length": tried}}, {"length": START})
     assert best == {"length": {"ppo-kl": "ppo-kl-0.2"}}
-    assert table["tuning: length"]["ppo-kl-0.01"] == {"final_gold": 0.5, "seeds": 1}
+    assert table["tuning"]["length"]["ppo-kl-0.01"] == {"final_gold": 0.5, "seeds": 1}
     del tried["ppo-kl-0.01"]
     assert rlhf_report.tuned_methods({"tuning": {"length": tried}}, {"length": START})[0] == {"length": {}}
+
+
+def tuning_of(gold: dict[tuple[str, str, str], float]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Everything tried at every rate, at 0.5 but for what is given."""
+    methods = ["safe", *FAMILIES["ppo-kl"]]
+    return {
+        setting: {
+            task: {m: {"final_gold": gold.get((setting, task, m), 0.5), "seeds": 1} for m in methods}
+            for task in rlhf_tasks.TASKS
+        }
+        for setting in rlhf_settings.TUNING
+    }
+
+
+def test_safe_has_one_best_rate_and_ppo_one_on_each_task_with_its_coefficient() -> None:
+    gold = {
+        ("tuning-x10", "sparse", "safe"): 0.9,
+        ("tuning-x3", "sparse", "safe"): 0.8,
+        ("tuning-x3", "length", "safe"): 0.8,
+        ("tuning-x3", "length", "ppo-kl-0.2"): 0.7,
+        ("tuning", "sparse", "ppo-kl-0.01"): 0.7,
+    }
+    tuning = tuning_of(gold)
+    chosen = rlhf_report.own_rates(tuning)
+    assert {task: choice["safe"] for task, choice in chosen.items()} == dict.fromkeys(chosen, ("tuning-x3", "safe"))
+    assert chosen["length"]["ppo-kl"] == ("tuning-x3", "ppo-kl-0.2")
+    assert chosen["sparse"]["ppo-kl"] == ("tuning", "ppo-kl-0.01")
+    del tuning["tuning-x3"]["length"]["ppo-kl-0.1"]
+    assert rlhf_report.own_rates(tuning) == {}
+
+
+def test_at_their_own_rates_methods_of_different_settings_are_compared() -> None:
+    results: dict[str, Any] = {
+        "tuned": {"length": {"ppo-kl-0.05": [result_with(list(np.linspace(0.5, 0.9, 20)))]}},
+        "lr-x3": {"length": {"safe": [result_with([*np.linspace(0.5, 0.9, 5), *[0.9] * 15])]}},
+    }
+    report = rlhf_report.Report(results, {"length": START}, {"length": {"ppo-kl": "ppo-kl-0.05"}})
+    chosen = {"length": {"ppo-kl": ("tuning", "ppo-kl-0.05"), "safe": ("tuning-x3", "safe")}}
+    chosen["sparse"] = chosen["length"]  # has no runs
+    rows = report.at_own_rates(chosen)
+    assert list(rows) == ["length"]
+    ppo, safe = rows["length"]["ppo-kl"], rows["length"]["safe"]
+    assert (ppo["setting"], ppo["method"], safe["setting"]) == ("tuned", "ppo-kl-0.05", "lr-x3")
+    assert ppo["safe_is_better"][0] == 1
+    # Means of five points: PPO's last and SAFE's eighth are the first within 5 % of what PPO ends at.
+    assert [round(row["iterations_to_level"] * rlhf_settings.TOKENS) for row in (ppo, safe)] == [2000, 800]
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------
