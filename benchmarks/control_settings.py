@@ -41,6 +41,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "penalty": {"kl_controller": "none"},
     "gate": {"kl_controller_kwargs": {"entropy_gate": False}},
     "threshold": {"kl_controller_kwargs": {"threshold": "constant"}},
+    "drift": {"kl_controller_kwargs": {"max_drift": None}},
     "preview": {"max_preview_kl": None},
 }
 

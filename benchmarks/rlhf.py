@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from control_settings import VARIANTS
 from rlhf_run import RESULTS, START_FILE, measure_start
 from rlhf_settings import (
+    ABLATION,
     FAMILIES,
     METHODS,
     SETTINGS,
@@ -58,7 +58,7 @@ SUITES = {
                   ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
     # Its runs of ppo and safe are those of the main suite.
     "ablation": Suite(("lr-x10",), tuple(TASKS),
-                      ("safe", "ppo", *(name for name in VARIANTS if name != "safe-off")), seeds=5),
+                      ("safe", "ppo", *ABLATION), seeds=5),
     # How much depends on SAFE's one coefficient; its default is among the main suite's.
     "strength": Suite(("lr-x3",), ("embedded",), tuple(STRENGTHS), seeds=5),
     "quick": Suite(("quick", "quick-x10"), tuple(TASKS), ("safe", "ppo", "ppo-kl"), seeds=1),

@@ -32,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from control_settings import VARIANTS
 from reporting import Runs, digits, estimate, filled_curve, median, number, prepare_plots, read_results, with_interval
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
-from rlhf_settings import FAMILIES, METHODS, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
+from rlhf_settings import ABLATION, FAMILIES, METHODS, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
 from rlhf_tasks import TASKS
 from runs import write_json
 
@@ -49,7 +48,7 @@ Tuning = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 Cell = tuple[str, str, str]
 """Setting, task and method."""
 
-ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *VARIANTS, *METHODS)
+ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *ABLATION, *METHODS)
 SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "safe")
 """Whose samples are put side by side."""
 LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")

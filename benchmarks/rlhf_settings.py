@@ -7,7 +7,7 @@ reward are controllers of it.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from control_settings import VARIANTS, only, plain, safe_defaults
+from control_settings import VARIANTS, only, plain, safe_defaults, without
 from runs import Run
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -96,6 +96,12 @@ def safe_with(**arguments: float) -> Method:
 
 STRENGTHS = {f"safe-coef-{c:g}": safe_with(coef=c) for c in (0.02, 0.4)}
 """Of SAFE's penalty above the threshold: a range of 20 times around its default."""
+ABLATION: dict[str, Method] = {
+    **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
+    # The limit on the drift of one action, which control tasks do not have.
+    "safe-no-drift": (SAFE, without("drift")),
+    "only-penalty-drift": (SAFE, only("penalty", "drift")),
+}
 # A family's methods differ in one number, which is tuned per task.
 FAMILIES: dict[str, dict[str, Method]] = {
     "ppo-kl": {f"ppo-kl-{c:g}": kl_in_reward("fixed", coef=c) for c in COEFFICIENTS},
@@ -112,7 +118,7 @@ METHODS: dict[str, Method] = {
     **FAMILIES["ppo-adaptive"],
     **{f"safe-price-{p:g}": safe_with(price=p) for p in PRICES},
     **STRENGTHS,
-    **{name: (SAFE, arguments) for name, arguments in VARIANTS.items() if name != "safe-off"},
+    **ABLATION,
 }
 
 

@@ -41,6 +41,10 @@ class KLController:
     """
 
     active = True
+    max_drift: float | None = None
+    """Against the starting policy: nats by which ``log pi`` may exceed ``log ref`` of one action. Beyond it, and where
+    actions are discrete, :func:`~sb3_safe.functional.unlikelihood` pushes it down, ``coef`` times."""
+    coef: float = 0.0
 
     def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
         """Take in one rollout.
@@ -134,6 +138,8 @@ class SafeController(KLController):
       threshold is clipped and the error pushes it further out.
     - **Phase**: WARMUP, then CLIMBING while the mean of a window exceeds that of the window before, CONVERGED when
       reward is steady and high, else PLATEAU. Means are relative to the first reward, in units of spread.
+    - **Lost actions**: a policy can become certain of an action that the reference would never take, of one token over
+      and over for instance. There its gradient vanishes, and no penalty in the reward gets it back: see ``max_drift``.
     - **Threshold**: ``"paper"``: ``tau = clip(tau_base (1 + pid) phase, tau_base / 3, 2 tau_base)``.
       ``"earned"``: while reward rises the threshold may follow ``kl_short`` upwards, by at most ``max_step`` of
       ``tau_base`` a rollout and up to ``max_threshold`` of it; when reward stagnates it stays on what was earned,
@@ -150,6 +156,9 @@ class SafeController(KLController):
     :param threshold: ``"earned"``, ``"paper"`` or ``"constant"``.
     :param max_step: largest relaxation of the earned threshold per rollout, in units of ``tau_base``.
     :param max_threshold: ceiling of the earned threshold, in units of ``tau_base``.
+    :param max_drift: nats by which the log-probability of an action may exceed the starting policy's; beyond it its
+        probability is pushed down, with strength ``c``. ``None``: no limit. Discrete actions, and
+        ``kl_reference="initial"``, only.
     :param entropy_gate: whether entropy amplifies the penalty; off: ``gate = 1``.
     :param entropy_floor: nats per action dimension, or ``"auto"``: half the perplexity of the first rollout.
     :param kp: proportional gain.
@@ -187,6 +196,7 @@ class SafeController(KLController):
         threshold: Threshold = "earned",
         max_step: float = 1 / 30,
         max_threshold: float = 3.0,
+        max_drift: float | None = 10.0,
         entropy_gate: bool = True,
         entropy_floor: float | Literal["auto"] = "auto",
         kp: float = 0.3,
@@ -207,6 +217,7 @@ class SafeController(KLController):
         )
         _require(max_step >= 0, "max_step", max_step, "at least 0")
         _require(max_threshold >= 1, "max_threshold", max_threshold, "at least 1")
+        _require(max_drift is None or max_drift > 0, "max_drift", max_drift, "positive, or None for no limit")
         for name, decay in (
             ("reward_decay", reward_decay),
             ("kl_short_decay", kl_short_decay),
@@ -222,6 +233,7 @@ class SafeController(KLController):
         self.threshold_rule = threshold
         self.max_step = max_step
         self.max_threshold = max_threshold
+        self.max_drift = max_drift
         self.entropy_gate = entropy_gate
         self.entropy_floor = entropy_floor
         self.kp, self.ki, self.kd = kp, ki, kd

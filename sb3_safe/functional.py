@@ -13,6 +13,8 @@ from torch.nn import functional as F
 # Probability ratios are cut off at e^20: beyond, exp() overflows and its gradient is NaN, where "far too large" is all
 # that needs to be known.
 MAX_LOG_RATIO = 20.0
+# Probability that is left for everything else where an action is certain: keeps 1 / (1 - pi) finite.
+CERTAINTY = 1e-6
 
 
 def soft_min(values: Tensor, temperature: float) -> Tensor:
@@ -144,6 +146,20 @@ def weighted_k3(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
     See https://arxiv.org/abs/2512.21852
     """
     return th.exp(log_importance.clamp(max=MAX_LOG_RATIO)) * k3(-log_ratio)
+
+
+def unlikelihood(log_prob: Tensor) -> Tensor:
+    """``-log(1 - pi)`` per action, a loss that lowers its probability also where the policy is certain of it.
+
+    There ``grad log pi`` vanishes, and with it whatever a reward or a KL says through the policy gradient; the
+    gradient of this loss tends to that of the action's logit. It vanishes where the action is improbable.
+
+    :param log_prob: ``[B]``, of discrete actions.
+    :return: ``[B]``, at most 14.
+
+    See Welleck et al. 2019, https://arxiv.org/abs/1908.04319
+    """
+    return -th.log(CERTAINTY - th.expm1(log_prob.clamp(max=0.0)))
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

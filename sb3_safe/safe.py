@@ -49,7 +49,7 @@ LOSS = ("_loss", "_kl_term")
 """Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
 
 
-def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float]:
+def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float | None]:
     """What a SAFE controller takes where it is told nothing else, and its own defaults do not fit.
 
     :param reference: what the KL is measured to.
@@ -58,7 +58,7 @@ def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float
     if reference == "initial":
         return {}
     # The rollout policy is near and always the last one: a penalty against it is a brake, distance itself has no price.
-    return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions)}
+    return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions), "max_drift": None}
 
 
 class SAFE(OnPolicyAlgorithm):
@@ -412,6 +412,8 @@ class SAFE(OnPolicyAlgorithm):
         if needs_reference:
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
             self.measured_kl = functional.k1(log_ratio).mean().item()
+            if self._max_drift is not None:
+                self.logger.record("safe/lost", (log_ratio > self._max_drift).float().mean().item())
         if controller.active:
             # The mean of -log pi over the actions taken estimates the entropy, without another forward pass.
             dimensions = max(1, buffer.action_dim)
@@ -478,7 +480,7 @@ class SAFE(OnPolicyAlgorithm):
         self.policy.optimizer.zero_grad()
         # A subclass's own loss is known to nobody else.
         own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
-        if len(pieces) == 1 and not own_loss:
+        if len(pieces) == 1 and not own_loss and self._lost(pieces[0]) is None:
             fast: dict[str, float] | None = self.policy.fast_gradient(pieces[0], self._objective())
             if fast is not None:
                 return fast
@@ -546,9 +548,24 @@ class SAFE(OnPolicyAlgorithm):
             coefficient = self.controller.coefficient(parts["kl"])
             if coefficient > 0:
                 loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio)
+        lost = self._lost(batch)
+        if lost is not None and trains_policy:
+            loss = loss + self.controller.coef * lost * functional.unlikelihood(log_prob)
         total = loss.mean()
         parts["loss"] = total.item()
         return total, parts
+
+    @property
+    def _max_drift(self) -> float | None:
+        """The limit on the drift of one action; densities have none."""
+        return None if isinstance(self.action_space, spaces.Box) else self.controller.max_drift
+
+    def _lost(self, batch: SafeSamples) -> Tensor | None:
+        """Actions of the rollout that drifted beyond the limit ``[B]``; ``None`` where there are none."""
+        if self._max_drift is None or batch.reference_log_prob is None:
+            return None
+        lost = batch.old_log_prob - batch.reference_log_prob > self._max_drift
+        return lost if lost.any() else None
 
     def _kl_term(self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor) -> Tensor:
         """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
