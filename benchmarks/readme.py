@@ -15,7 +15,7 @@ from typing import Any
 
 import language
 from control_settings import STRESS
-from reporting import number, with_interval
+from reporting import with_interval
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")
@@ -58,6 +58,7 @@ LAYERS = {
     "KL penalty": ("safe-no-penalty", "only-penalty"),
     "entropy gate (alone: with the penalty)": ("safe-no-gate", "only-penalty-gate"),
     "moving threshold (alone: with the penalty)": ("safe-constant", "only-penalty-threshold"),
+    "limit on drift (alone: with the penalty)": ("safe-no-drift", "only-penalty-drift"),
     "bound on updates": ("safe-no-preview", "only-preview"),
 }
 """Methods with a layer off alone, and on alone."""
@@ -147,21 +148,6 @@ def rlhf() -> str:
     return markdown(["task, learning rate", "seeds", *head], rows)
 
 
-def own_rates() -> str:
-    """PPO and SAFE in language, each at the learning rate that is best for it."""
-    rows = []
-    for task, figures in read("rlhf/summary.json")["own_rates"].items():
-        both = [figures[method] for method in ("ppo-kl", "safe")]
-        row = [task, *(RATES[figure["setting"]] if "setting" in figure else "" for figure in both)]
-        row.append(span([figure["seeds"] for figure in both]))
-        for what in ("final_gold", "average_gold", "average_reward"):
-            row += [with_interval(figure[what], ".2f") for figure in both]
-        row += [number(figure.get("iterations_to_level"), ".0f") for figure in both]
-        rows.append(row)
-    head = [*beside("rate"), "seeds", *beside("final gold"), *beside("average gold"), *beside("average proxy")]
-    return markdown(["task", *head, *beside("iterations to PPO's gold")], rows)
-
-
 def others() -> str:
     """Final gold of PPO's other forms, and of the paper's code, on the tasks that they were run on."""
     settings = read("rlhf/summary.json")["settings"]
@@ -182,10 +168,10 @@ def layers() -> str:
     language = read("rlhf/summary.json")["settings"]["lr-x10"]["embedded"]
 
     def cells(off: str, on: str) -> list[str]:
-        """SAFE without a layer and with nothing else, in control and in language."""
-        found = [control[off]["final"], control[on]["final"]]
+        """SAFE without a layer and with nothing else, in control, where it has that layer, and in language."""
+        found = [control.get(name, {}).get("final") for name in (off, on)]
         found += [language[off]["final_gold"], language["ppo" if on == "safe-off" else on]["final_gold"]]
-        return [f"{value[0]:.2f}" for value in found]
+        return ["" if value is None else f"{value[0]:.2f}" for value in found]
 
     rows = [[label, *cells(*names)] for label, names in LAYERS.items()]
     rows.append(["none off: SAFE; none on: PPO", *cells("safe", "safe-off")])
@@ -211,7 +197,7 @@ def text() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (control, larger, alternatives, rlhf, own_rates, others, layers, speed, text)
+    table.__name__: table for table in (control, larger, alternatives, rlhf, others, layers, speed, text)
 }
 
 

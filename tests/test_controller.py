@@ -452,6 +452,7 @@ def test_a_controller_that_is_already_built_is_refused_with_the_fix():
         ("safe", {"max_step": -0.1}),
         ("safe", {"price": -0.1}),
         ("safe", {"max_threshold": 0.5}),
+        ("safe", {"max_drift": 0.0}),
         ("safe", {"kl_short_decay": 1.0}),
         ("safe", {"kl_long_decay": -0.1}),
         ("safe", {"reward_decay": math.nan}),

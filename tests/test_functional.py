@@ -336,3 +336,27 @@ def test_k2_and_k3_are_never_negative(log_ratios: list[float], log_importance: f
 def test_k3_of_a_tiny_ratio_keeps_its_digits_in_single_precision():
     log_ratio = th.tensor([1e-3, -1e-3])
     np.testing.assert_allclose(functional.k3(log_ratio), log_ratio.double().square() / 2, rtol=1e-3)
+
+
+@given(st.floats(-6, 12), st.integers(2, 6))
+def test_unlikelihood_lowers_the_logit_of_a_certain_action_as_strongly_as_of_any(margin: float, n: int):
+    logits = th.tensor([margin] + [0.0] * (n - 1), dtype=th.float64, requires_grad=True)
+    log_prob = th.log_softmax(logits, -1)[0]
+    loss = functional.unlikelihood(log_prob)
+    probability = log_prob.exp().item()
+    assert loss.item() == pytest.approx(-np.log1p(-probability), abs=0.2)
+    (gradient,) = th.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient[0].item() == pytest.approx(probability, rel=0.2)
+    # What a policy gradient would have to work with.
+    (score,) = th.autograd.grad(log_prob, logits)
+    assert score[0].item() == pytest.approx(1 - probability)
+
+
+def test_unlikelihood_is_finite_at_the_ends():
+    log_prob = th.tensor([0.0, 1e-7, -1e-7, -100.0], requires_grad=True)
+    loss = functional.unlikelihood(log_prob)
+    (gradient,) = th.autograd.grad(loss.sum(), log_prob)
+    assert th.isfinite(loss).all()
+    assert th.isfinite(gradient).all()
+    assert loss.max().item() < 14
+    assert loss.min().item() == pytest.approx(0, abs=1e-5)

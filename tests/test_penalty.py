@@ -169,6 +169,54 @@ def test_the_safe_controller_punishes_only_beyond_its_threshold():
     np.testing.assert_allclose(gradients[2] - gradients[0], coefficient * slopes(model, batch), rtol=1e-4, atol=1e-6)
 
 
+def certain(max_drift: float | None) -> SAFE:
+    """A policy that has become certain of one of three actions, which its start took a third of the time."""
+    model = make(
+        "Tiny-vector-discrete-v0",
+        kl_reference="initial",
+        kl_controller_kwargs={"max_drift": max_drift, "coef": 0.5},
+        learning_rate=2e-2,
+    )
+    with th.no_grad():
+        model.policy.action_net.bias[0] += 12.0
+    return model
+
+
+def share_of_certain_action(model: SAFE) -> float:
+    observations = th.as_tensor(model.rollout_buffer.observations[:, 0])
+    return model.policy.get_distribution(observations).distribution.probs[:, 0].mean().item()
+
+
+def test_an_action_the_policy_is_certain_of_and_the_start_was_not_is_unlearned():
+    shares = []
+    for max_drift in (None, 2.0, 1.0):  # it drifts by log 3 = 1.1 nats
+        model = certain(max_drift).learn(20 * 32, log_interval=1000)  # or the log is written and forgotten
+        shares.append(share_of_certain_action(model))
+        logged = model.logger.name_to_value.get("safe/lost")
+        assert (logged is None) == (max_drift is None)
+    without, within, beyond = shares
+    # Neither reward nor penalty reach it.
+    assert without > 0.999
+    assert within == without
+    assert beyond < 0.9
+
+
+def test_a_limit_that_nothing_passes_changes_nothing():
+    parameters = [
+        flat(make(kl_reference="initial", kl_controller_kwargs={"max_drift": limit}).learn(96)._trainable())
+        for limit in (None, 50.0)
+    ]
+    np.testing.assert_array_equal(*parameters)
+
+
+def test_densities_have_no_limit_and_neither_has_the_rollout_policy():
+    for env_id, reference in (("Pendulum-v1", "initial"), ("CartPole-v1", "rollout")):
+        model = make(env_id, kl_reference=reference, kl_controller_kwargs={"max_drift": 1e-9})
+        model.learn(64, log_interval=1000)
+        assert model._lost(next(model.rollout_buffer.in_order(16))) is None
+        assert "safe/lost" not in model.logger.name_to_value
+
+
 def test_k1_takes_the_log_ratio_off_the_reward_of_each_action():
     seen = {}
 
