@@ -549,7 +549,7 @@ class SAFE(OnPolicyAlgorithm):
             if coefficient > 0:
                 loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio)
         lost = self._lost(batch)
-        if lost is not None and trains_policy:
+        if lost is not None and trains_policy:  # where the policy is certain, nothing above has a gradient
             loss = loss + self.controller.coef * lost * functional.unlikelihood(log_prob)
         total = loss.mean()
         parts["loss"] = total.item()
