@@ -80,7 +80,7 @@ COEFFICIENTS = (0.01, 0.02, 0.05, 0.1, 0.2)
 TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Of the adaptive coefficient, nats per token."""
 PRICES = (0.03, 0.05, 0.1)
-"""Of SAFE, units of the reward's spread per nat: what its default was chosen from."""
+"""Of SAFE, units of the reward's spread per nat: what its default was chosen from, before drift had a limit."""
 
 
 def kl_in_reward(controller: str, **arguments: float) -> Method:
@@ -89,7 +89,7 @@ def kl_in_reward(controller: str, **arguments: float) -> Method:
     return SAFE, PPO | kl
 
 
-def safe_with(**arguments: float) -> Method:
+def safe_with(**arguments: float | None) -> Method:
     """SAFE with other arguments of its controller."""
     return SAFE, {"kl_controller_kwargs": arguments}
 
@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {
     "published": (PublishedSAFE, {"kl_controller": "none", "max_preview_kl": None}),
     **FAMILIES["ppo-kl"],
     **FAMILIES["ppo-adaptive"],
-    **{f"safe-price-{p:g}": safe_with(price=p) for p in PRICES},
+    **{f"safe-price-{p:g}": safe_with(price=p, max_drift=None) for p in PRICES},
     **STRENGTHS,
     **ABLATION,
 }
