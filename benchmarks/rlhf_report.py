@@ -13,6 +13,7 @@ point before):
   a crash, where it falls from the start
 - dispersion: sb3_safe.stability.dispersion of r_i, the root mean square of its jumps, less what sampling a few texts
   explains
+- largest KL per text: of all points of all runs
 - all others: means over the last tenth of training
 - a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's
 
@@ -86,6 +87,7 @@ def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, f
         "ruined": float(final < start["gold"] - SIGNIFICANT * final_error),
         "diverged": float(result["diverged"] is not None),
         **{name: float(np.nanmean(x)) if np.isfinite(x).any() else math.nan for name, x in last.items()},
+        "largest_kl_per_text": float(np.nanmax(curve["kl_per_text"], initial=0.0)),
         "largest_update_kl": float(np.nanmax(curve["update_kl_max"], initial=0.0)),
         "cpu_seconds": result["cpu_seconds"],
     }
@@ -187,6 +189,7 @@ class Report:
         fallen = np.concatenate(columns("crashes"))
         row |= {"crashes": int(fallen.sum()), "crashed_runs": int((fallen > 0).sum())}
         row |= {name: int(np.concatenate(columns(name)).sum()) for name in ("ruined", "diverged")}
+        row["largest_kl_per_text"] = digits(float(np.concatenate(columns("largest_kl_per_text")).max()))
         for name in ("best_gold", "dispersion_net", "largest_update_kl", "cpu_seconds", *LAST):
             known = [column[np.isfinite(column)] for column in columns(name)]
             row[name] = median(np.concatenate(known)) if len(cells) == 1 else None
@@ -266,7 +269,8 @@ COLUMNS = (
     ("best gold", "best_gold", ".2f"), ("crashes", "crashes", "d"), ("crashed runs", "crashed_runs", "d"),
     ("average gold", "average_gold", ".2f"), ("ruined runs", "ruined", "d"),
     ("NaN", "diverged", "d"), ("final reward", "final_reward", ".2f"), ("average reward", "average_reward", ".2f"),
-    ("dispersion, net", "dispersion_net", ".3f"), ("KL per text", "kl_per_text", ".1f"), ("entropy", "entropy", ".2f"),
+    ("dispersion, net", "dispersion_net", ".3f"), ("KL per text", "kl_per_text", ".1f"),
+    ("largest KL per text", "largest_kl_per_text", ".1f"), ("entropy", "entropy", ".2f"),
     ("distinct-2", "distinct_2", ".2f"), ("tokens", "length", ".1f"), ("ended", "stop_share", ".2f"),
     ("explained variance", "explained_variance", ".2f"), ("critic gap", "critic_gap", ".3f"),
     ("largest KL of an update", "largest_update_kl", ".2g"), ("CPU s", "cpu_seconds", ".0f"),
