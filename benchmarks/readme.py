@@ -141,10 +141,11 @@ def rlhf() -> str:
         for setting, label in RATES.items():
             both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
             row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
-            row += [with_interval(figure[what], ".2f") for what in ("final_gold", "average_reward") for figure in both]
+            for what in ("final_gold", "average_gold", "average_reward"):
+                row += [with_interval(figure[what], ".2f") for figure in both]
             row += [f"{figure['kl_per_text']:.1f}" for figure in both]
             rows.append(row + [str(figure["crashes"]) for figure in both])
-    head = [*beside("final gold"), *beside("average proxy"), *beside("KL per text"), *beside("crashes")]
+    head = [*beside("final gold"), *beside("average gold"), *beside("average proxy"), *beside("KL per text"), *beside("crashes")]
     return markdown(["task, learning rate", "seeds", *head], rows)
 
 

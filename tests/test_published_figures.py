@@ -75,6 +75,8 @@ def test_final_returns_of_early_stopping_under_stress_are_those_of_the_report() 
 def test_what_is_said_of_thresholds_is_in_the_results() -> None:
     rows = LANGUAGE["settings"]["lr-x10"]["embedded"]
     constant, paper = (rows[name]["final_gold"][0] for name in ("safe-constant", "safe-paper"))
+    alone, limited = (rows[name]["final_gold"][0] for name in ("only-penalty", "only-penalty-drift"))
+    assert f"({limited:.2f}, and {alone:.2f} without it)" in README
     assert f"(a constant one ends at {constant:.2f}, the paper's rule at {paper:.2f})" in README
 
 
@@ -115,6 +117,32 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
 def pairs_of_stress() -> list[list[dict[str, Any]]]:
     groups = [next(iter(CONTROL[setting]["aggregate"].values())) for setting in readme.STRESS]
     return [[group["ppo"], group["safe"]] for group in groups]
+
+
+def test_average_gold_is_highest_where_it_is_said_to_be() -> None:
+    def best(method: str) -> list[tuple[float, str]]:
+        rates = LANGUAGE["settings"]
+        return [
+            max((rates[setting][task][method]["average_gold"][0], setting) for setting in readme.RATES)
+            for task in readme.RLHF_TASKS
+        ]
+
+    safe, ppo = best("safe"), best("ppo-kl")
+    shown = [", ".join(f"{value:.2f}" for value, _ in found) for found in (safe, ppo)]
+    assert f"({shown[0]} on the three tasks), PPO's best at any rate is {shown[1]}:" in README
+    assert all(setting != "tuned" for _, setting in safe)
+    assert all(ours > theirs for (ours, _), (theirs, _) in zip(safe, ppo, strict=True))
+
+
+def test_what_is_said_of_lost_tokens_is_in_the_results() -> None:
+    rows = LANGUAGE["settings"]["lr-x10"]["embedded"]
+    largest = {name: f"{rows[name]['largest_kl_per_text']:.0f}" for name in ("ppo-kl", "safe-no-drift", "safe")}
+    assert f"up to {largest['ppo-kl']} nats a text on `embedded`" in README
+    assert f"is above {largest['safe']} nats a text ({largest['safe-no-drift']} without" in README
+    tuning = LANGUAGE["tuning"]["tuning-x3"]["embedded"]
+    lost, kept = (f"{tuning[name]['final_gold']:.2f}" for name in ("safe-no-drift", "safe"))
+    assert f"3 times the rate: gold {lost} at the end)" in README
+    assert f"With it that run ends at {kept}," in README
 
 
 def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -> None:
