@@ -100,7 +100,7 @@ def test_each_layer_on_alone_leaves_the_others_off() -> None:
     assert penalty == {
         "policy_kwargs": {"n_critics": 1},
         "huber_delta": None,
-        "kl_controller_kwargs": {"entropy_gate": False, "threshold": "constant"},
+        "kl_controller_kwargs": {"entropy_gate": False, "threshold": "constant", "max_drift": None},
         "max_preview_kl": None,
     }
     off = control_settings.VARIANTS["safe-off"]
