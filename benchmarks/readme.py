@@ -145,7 +145,13 @@ def rlhf() -> str:
                 row += [with_interval(figure[what], ".2f") for figure in both]
             row += [f"{figure['kl_per_text']:.1f}" for figure in both]
             rows.append(row + [str(figure["crashes"]) for figure in both])
-    head = [*beside("final gold"), *beside("average gold"), *beside("average proxy"), *beside("KL per text"), *beside("crashes")]
+    head = [
+        *beside("final gold"),
+        *beside("average gold"),
+        *beside("average proxy"),
+        *beside("KL per text"),
+        *beside("crashes"),
+    ]
     return markdown(["task, learning rate", "seeds", *head], rows)
 
 
