@@ -160,9 +160,12 @@ class Report:
 
     def _labelled(self, task: str, methods: Mapping[str, Any]) -> dict[str, Any]:
         """Results by method, the member of a family that is tuned to the task by the family's name."""
-        names = {resolved(family, task, self.tuned): family for family in FAMILIES}
-        labelled = {names.get(method, method): results for method, results in methods.items()}
+        labelled = {self._label(task, method): results for method, results in methods.items()}
         return {name: labelled[name] for name in sorted(labelled, key=_order)}
+
+    def _label(self, task: str, method: str) -> str:
+        """The name of the family whose member is tuned to the task, else the method's own."""
+        return {resolved(family, task, self.tuned): family for family in FAMILIES}.get(method, method)
 
     def column(self, cell: Cell, name: str) -> FloatArray:
         """One figure of all runs."""
@@ -248,8 +251,7 @@ class Report:
 
     def _cell(self, task: str, tuning: str, method: str) -> Cell:
         """Where the runs are to which a choice of tuning led."""
-        names = {resolved(family, task, self.tuned): family for family in FAMILIES}
-        return TUNING[tuning], task, names.get(method, method)
+        return TUNING[tuning], task, self._label(task, method)
 
     def _iterations_to(self, level: float, cell: Cell) -> float | None:
         """Median over runs of the first point with smoothed gold of at least ``level``; ``None``: never."""

@@ -155,7 +155,7 @@ def unlikelihood(log_prob: Tensor) -> Tensor:
     gradient of this loss tends to that of the action's logit. It vanishes where the action is improbable.
 
     :param log_prob: ``[B]``, of discrete actions.
-    :return: ``[B]``, at most 14.
+    :return: ``[B]``, nats, at most 14.
 
     See Welleck et al. 2019, https://arxiv.org/abs/1908.04319
     """

@@ -243,6 +243,7 @@ class SAFE(OnPolicyAlgorithm):
         self.n_skipped_steps = 0
         self._normalizer: VecNormalize | None = None
         self.measured_kl = 0.0
+        self._any_lost = False  # in the rollout at hand: known once, so that no minibatch has to ask the device
         self._finished_returns: list[float] = []
         if _init_setup_model:
             self._setup_model()
@@ -404,6 +405,7 @@ class SAFE(OnPolicyAlgorithm):
         """What the loss and the controller need to know of a finished rollout, once."""
         buffer, policy, controller = self.rollout_buffer, self.policy, self.controller
         needs_reference = controller.active and self.kl_reference == "initial"
+        self._any_lost = False
         if policy.rollout_is_approximate or needs_reference or self.clip_range_vf is not None:
             written = buffer.log_probs
             buffer.annotate(functools.partial(self._annotations, needs_reference), self.batch_size)
@@ -413,7 +415,9 @@ class SAFE(OnPolicyAlgorithm):
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
             self.measured_kl = functional.k1(log_ratio).mean().item()
             if self._max_drift is not None:
-                self.logger.record("safe/lost", (log_ratio > self._max_drift).float().mean().item())
+                lost = (log_ratio > self._max_drift).float().mean().item()
+                self._any_lost = lost > 0
+                self.logger.record("safe/lost", lost)
         if controller.active:
             # The mean of -log pi over the actions taken estimates the entropy, without another forward pass.
             dimensions = max(1, buffer.action_dim)
@@ -480,7 +484,7 @@ class SAFE(OnPolicyAlgorithm):
         self.policy.optimizer.zero_grad()
         # A subclass's own loss is known to nobody else.
         own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
-        if len(pieces) == 1 and not own_loss and self._lost(pieces[0]) is None:
+        if len(pieces) == 1 and not own_loss and not self._any_lost:
             fast: dict[str, float] | None = self.policy.fast_gradient(pieces[0], self._objective())
             if fast is not None:
                 return fast
@@ -561,11 +565,10 @@ class SAFE(OnPolicyAlgorithm):
         return None if isinstance(self.action_space, spaces.Box) else self.controller.max_drift
 
     def _lost(self, batch: SafeSamples) -> Tensor | None:
-        """Actions of the rollout that drifted beyond the limit ``[B]``; ``None`` where there are none."""
-        if self._max_drift is None or batch.reference_log_prob is None:
+        """Actions of the rollout that drifted beyond the limit ``[B]``; ``None`` where the rollout has none."""
+        if self._max_drift is None or batch.reference_log_prob is None or not self._any_lost:
             return None
-        lost = batch.old_log_prob - batch.reference_log_prob > self._max_drift
-        return lost if lost.any() else None
+        return batch.old_log_prob - batch.reference_log_prob > self._max_drift
 
     def _kl_term(self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor) -> Tensor:
         """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
