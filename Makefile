@@ -43,18 +43,18 @@ docs: $(INSTALLED)docs
 
 bench-speed: $(INSTALLED)bench .venv-sbx/bin/python
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/pages.py
 
 bench-language: $(INSTALLED)bench
 	$(BIN)/python benchmarks/language.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/pages.py
 
 bench-control: $(INSTALLED)bench
 	$(BIN)/python benchmarks/control.py run --suite tuned $(BENCH_ARGS)
 	$(BIN)/python benchmarks/control.py run --suite stress $(BENCH_ARGS)
 	$(BIN)/python benchmarks/control.py run --suite ablation $(BENCH_ARGS)
 	$(BIN)/python benchmarks/control.py report
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/pages.py
 
 bench-rlhf: $(INSTALLED)bench
 	$(BIN)/python benchmarks/rlhf.py run --suite tuning $(BENCH_ARGS)
@@ -63,7 +63,7 @@ bench-rlhf: $(INSTALLED)bench
 	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py run --suite strength $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py report
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/pages.py
 
 bench-rlhf-quick: $(INSTALLED)bench
 	$(BIN)/python benchmarks/rlhf.py run --quick $(BENCH_ARGS)

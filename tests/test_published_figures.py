@@ -1,4 +1,4 @@
-"""Figures in README are those in the results that the benchmarks wrote."""
+"""Figures in SAID and docs/evidence.md are those in the results that the benchmarks wrote."""
 
 import json
 import re
@@ -10,9 +10,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import readme  # noqa: E402
+import pages  # noqa: E402
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = [path.read_text(encoding="utf-8") for path in pages.PAGES]
+SAID = " ".join(" ".join(TEXTS).split())
 SUMMARY = json.loads((ROOT / "benchmarks/results/control/summary.json").read_text())
 CONTROL = SUMMARY["settings"]
 LANGUAGE = json.loads((ROOT / "benchmarks/results/rlhf/summary.json").read_text())
@@ -20,30 +21,30 @@ COLUMNS = ["cartpole-1", "cartpole-8", "pendulum-4", "halfcheetah"]
 
 
 def test_tables_are_those_that_the_results_give() -> None:
-    assert readme.updated(README) == README
-    assert re.findall(r"<!-- table: (\w+) -->", README) == list(readme.TABLES)
+    assert [pages.updated(text) for text in TEXTS] == TEXTS
+    assert set(re.findall(r"<!-- table: (\w+) -->", SAID)) == set(pages.TABLES)
 
 
 def test_a_table_of_other_figures_is_replaced_and_text_around_it_is_not() -> None:
     page = "before\n<!-- table: others -->\n\n| 1 |\n\n<!-- end -->\nafter\n<!-- end -->"
-    made = readme.updated(page)
-    assert made == f"before\n<!-- table: others -->\n\n{readme.others()}\n\n<!-- end -->\nafter\n<!-- end -->"
+    made = pages.updated(page)
+    assert made == f"before\n<!-- table: others -->\n\n{pages.others()}\n\n<!-- end -->\nafter\n<!-- end -->"
     assert "| PPO without a KL | " in made
 
 
 def test_ppo_and_safe_have_as_many_seeds_wherever_they_are_compared() -> None:
     pairs = [(task["ppo"], task["safe"]) for setting in CONTROL.values() for task in setting["tasks"].values()]
-    rates = [LANGUAGE["settings"][setting] for setting in readme.RATES]
-    pairs += [(tasks[task]["ppo-kl"], tasks[task]["safe"]) for tasks in rates for task in readme.RLHF_TASKS]
+    rates = [LANGUAGE["settings"][setting] for setting in pages.RATES]
+    pairs += [(tasks[task]["ppo-kl"], tasks[task]["safe"]) for tasks in rates for task in pages.RLHF_TASKS]
     assert all(ppo["seeds"] == safe["seeds"] for ppo, safe in pairs)
 
 
 def test_what_is_said_of_tuning_is_what_was_chosen() -> None:
     tuned = json.loads((ROOT / "benchmarks/results/rlhf/tuned.json").read_text())
-    chosen = [tuned[task]["ppo-kl"].removeprefix("ppo-kl-") for task in readme.RLHF_TASKS]
-    assert f"at the tuned rate ({', '.join(chosen)}), chosen on one seed" in README
+    chosen = [tuned[task]["ppo-kl"].removeprefix("ppo-kl-") for task in pages.RLHF_TASKS]
+    assert f"at the tuned rate ({', '.join(chosen)}), chosen on one seed" in SAID
     target = tuned["embedded"]["ppo-adaptive"].removeprefix("ppo-adaptive-")
-    assert f"best of six targets, {target} nats a token" in README
+    assert f"best of six targets, {target} nats a token" in SAID
 
 
 def test_what_the_layers_cost_is_what_was_measured() -> None:
@@ -55,35 +56,34 @@ def test_what_the_layers_cost_is_what_was_measured() -> None:
     }
     shares = [100 * (1 - seconds[name, "safe-off"] / seconds[name, "safe"]) for name in COLUMNS]
     assert (
-        f"is {min(shares[:3]):.0f} to {max(shares[:3]):.0f} % of an iteration with small networks, and a fifth"
-        in README
+        f"is {min(shares[:3]):.0f} to {max(shares[:3]):.0f} % of an iteration with small networks, and a fifth" in SAID
     )
     assert 15 < shares[3] < 25
 
 
 def test_averages_over_all_stress_are_those_of_the_report() -> None:
     safe, ppo = (SUMMARY["stress"][algorithm]["average"][0] for algorithm in ("safe", "ppo"))
-    assert f"over all stress together its training average is {safe:.2f}, PPO's {ppo:.2f}." in README
+    assert f"over all stress together its training average is {safe:.2f}, PPO's {ppo:.2f}." in SAID
 
 
 def test_final_returns_of_early_stopping_under_stress_are_those_of_the_report() -> None:
     tasks = (("lr-x5", "Pendulum-v1"), ("lr-x20", "CartPole-v1"))
     pendulum, cartpole = (CONTROL[setting]["tasks"][task]["ppo-target-kl"]["final"][0] for setting, task in tasks)
-    assert f"at 5 times the rate it ends Pendulum at {pendulum:.0f}, at 20 times CartPole at {cartpole:.0f}." in README
+    assert f"at 5 times the rate it ends Pendulum at {pendulum:.0f}, at 20 times CartPole at {cartpole:.0f}." in SAID
 
 
 def test_what_is_said_of_thresholds_is_in_the_results() -> None:
     rows = LANGUAGE["settings"]["lr-x10"]["embedded"]
     constant, paper = (rows[name]["final_gold"][0] for name in ("safe-constant", "safe-paper"))
     alone, limited = (rows[name]["final_gold"][0] for name in ("only-penalty", "only-penalty-drift"))
-    assert f"({limited:.2f}, and {alone:.2f} without it)" in README
-    assert f"(a constant one ends at {constant:.2f}, the paper's rule at {paper:.2f})" in README
+    assert f"({limited:.2f}, and {alone:.2f} without it)" in SAID
+    assert f"(a constant one ends at {constant:.2f}, the paper's rule at {paper:.2f})" in SAID
 
 
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
     pendulum = {name: f"{row['average'][0]:.0f}" for name, row in CONTROL["tuned"]["tasks"]["Pendulum-v1"].items()}
-    assert f"at the tuned rate its training average is {pendulum['safe']}, PPO's {pendulum['ppo']}." in README
-    assert f"at the tuned rate the\naverage is {pendulum['safe-no-penalty']} without it" in README
+    assert f"at the tuned rate its training average is {pendulum['safe']}, PPO's {pendulum['ppo']}." in SAID
+    assert f"at the tuned rate the average is {pendulum['safe-no-penalty']} without it" in SAID
     for file in (ROOT / "benchmarks/results/control").glob("*/*/safe-constant/*.json"):
         same = json.loads((file.parent.parent / "safe" / file.name).read_text())
         assert json.loads(file.read_text())["curve"] == same["curve"]
@@ -92,7 +92,7 @@ def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() 
         task: sum(rows["tasks"][task]["safe"]["crashes"] for rows in CONTROL.values() if task in rows["tasks"])
         for task in small
     }
-    assert f"all of its {crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in README
+    assert f"all of its {crashes.pop('CartPole-v1')} crashes in this table are on CartPole" in SAID
     assert not any(crashes.values())
 
 
@@ -105,17 +105,27 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
         ]
         for task in ("Pendulum-v1", "CartPole-v1")
     }
-    assert "On Pendulum SAFE learns faster in every row" in README
-    assert faster["Pendulum-v1"] == ["tuned", *readme.STRESS]
-    assert "CartPole it does at 20 times the rate and without clipping only" in README
+    assert "On Pendulum SAFE learns faster in every row" in SAID
+    assert faster["Pendulum-v1"] == ["tuned", *pages.STRESS]
+    assert "CartPole it does at 20 times the rate and without clipping only" in SAID
     assert faster["CartPole-v1"] == ["lr-x20", "clip-1"]
     ratios = [figures[0]["dispersion"] / figures[1]["dispersion"] for figures in pairs_of_stress()]
     assert round(min(ratios)) == 1
-    assert f"between the same and {max(ratios):.1f} times smaller" in README
+    assert f"between the same and {max(ratios):.1f} times smaller" in SAID
+
+
+def test_what_readme_sums_up_is_in_the_results() -> None:
+    better = CONTROL["tuned"]["aggregate"]["all tasks"]["safe"]["improvement_final"]
+    assert "is the better one is {:.2f} [{:.2f}, {:.2f}]".format(*better) in SAID
+    ratios = [figures[0]["dispersion"] / figures[1]["dispersion"] for figures in pairs_of_stress()]
+    assert f"({min(ratios):.1f} to {max(ratios):.1f} times in control)" in SAID
+    start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())
+    fallen = [LANGUAGE["settings"]["lr-x10"][task]["ppo-kl"]["final_gold"][0] for task in pages.RLHF_TASKS]
+    assert all(gold < start[task]["gold"] for gold, task in zip(fallen, pages.RLHF_TASKS, strict=True))
 
 
 def pairs_of_stress() -> list[list[dict[str, Any]]]:
-    groups = [next(iter(CONTROL[setting]["aggregate"].values())) for setting in readme.STRESS]
+    groups = [next(iter(CONTROL[setting]["aggregate"].values())) for setting in pages.STRESS]
     return [[group["ppo"], group["safe"]] for group in groups]
 
 
@@ -123,13 +133,13 @@ def test_average_gold_is_highest_where_it_is_said_to_be() -> None:
     def best(method: str) -> list[tuple[float, str]]:
         rates = LANGUAGE["settings"]
         return [
-            max((rates[setting][task][method]["average_gold"][0], setting) for setting in readme.RATES)
-            for task in readme.RLHF_TASKS
+            max((rates[setting][task][method]["average_gold"][0], setting) for setting in pages.RATES)
+            for task in pages.RLHF_TASKS
         ]
 
     safe, ppo = best("safe"), best("ppo-kl")
     shown = [", ".join(f"{value:.2f}" for value, _ in found) for found in (safe, ppo)]
-    assert f"({shown[0]} on the three tasks), PPO's best at any rate is {shown[1]}:" in README
+    assert f"({shown[0]} on the three tasks), PPO's best at any rate is {shown[1]}:" in SAID
     assert all(setting != "tuned" for _, setting in safe)
     assert all(ours > theirs for (ours, _), (theirs, _) in zip(safe, ppo, strict=True))
 
@@ -137,21 +147,21 @@ def test_average_gold_is_highest_where_it_is_said_to_be() -> None:
 def test_what_is_said_of_lost_tokens_is_in_the_results() -> None:
     rows = LANGUAGE["settings"]["lr-x10"]["embedded"]
     largest = {name: f"{rows[name]['largest_kl_per_text']:.0f}" for name in ("ppo-kl", "safe-no-drift", "safe")}
-    assert f"up to {largest['ppo-kl']} nats a text on `embedded`" in README
-    assert f"is {largest['safe']} nats a text ({largest['safe-no-drift']} without" in README
+    assert f"up to {largest['ppo-kl']} nats a text on `embedded`" in SAID
+    assert f"is {largest['safe']} nats a text ({largest['safe-no-drift']} without" in SAID
     tuning = LANGUAGE["tuning"]["tuning-x3"]["embedded"]
     lost, kept = (f"{tuning[name]['final_gold']:.2f}" for name in ("safe-no-drift", "safe"))
-    assert f"3 times the rate: gold {lost} at the end)" in README
-    assert f"With it that run ends at {kept}," in README
+    assert f"3 times the rate: gold {lost} at the end)" in SAID
+    assert f"With it that run ends at {kept}," in SAID
 
 
 def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -> None:
     low, high = (LANGUAGE["settings"]["lr-x3"]["embedded"][f"safe-coef-{c}"]["final_gold"][0] for c in ("0.02", "0.4"))
-    assert f"0.02 and 0.4 instead of 0.1 end at {low:.2f} and {high:.2f}." in README
+    assert f"0.02 and 0.4 instead of 0.1 end at {low:.2f} and {high:.2f}." in SAID
 
 
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
     tuning = LANGUAGE["tuning"]["tuning-x10"]["embedded"]
     ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
     safe = min(figures["final_gold"] for name, figures in tuning.items() if name.startswith("safe"))
-    assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in README
+    assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in SAID

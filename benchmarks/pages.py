@@ -1,8 +1,8 @@
-"""Writes the tables of README from the results that the other scripts wrote.
+"""Writes the tables of README and docs/evidence.md from the results that the other scripts wrote.
 
-    python benchmarks/readme.py
+    python benchmarks/pages.py
 
-A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fails where README has another one than
+A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fails where a page has another one than
 this would write.
 """
 
@@ -17,7 +17,8 @@ import language
 from control_settings import STRESS
 from reporting import with_interval
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 RESULTS = Path(__file__).with_name("results")
 PAIR = {"PPO": "ppo", "SAFE": "safe"}
 SPEED = {
@@ -133,6 +134,19 @@ def alternatives() -> str:
     return markdown(["task", *columns], rows)
 
 
+def gold() -> str:
+    """Final gold and crashes of SAFE beside PPO with the KL in its reward: what matters most of :func:`rlhf`."""
+    settings = read("rlhf/summary.json")["settings"]
+    rows = []
+    for task in RLHF_TASKS:
+        for setting, label in RATES.items():
+            both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
+            row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
+            row += [with_interval(figure["final_gold"], ".2f") for figure in both]
+            rows.append(row + [str(figure["crashes"]) for figure in both])
+    return markdown(["task, learning rate", "seeds", *beside("final gold"), *beside("crashes")], rows)
+
+
 def rlhf() -> str:
     """SAFE beside PPO with the KL in its reward, by task and learning rate."""
     settings = read("rlhf/summary.json")["settings"]
@@ -204,7 +218,7 @@ def text() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (control, larger, alternatives, rlhf, others, layers, speed, text)
+    table.__name__: table for table in (control, larger, alternatives, gold, rlhf, others, layers, speed, text)
 }
 
 
@@ -214,12 +228,13 @@ def updated(page: str) -> str:
     :raises KeyError: a table of an unknown name.
     """
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}",
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}",
         page,
         flags=re.DOTALL,
     )
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
