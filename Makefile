@@ -60,6 +60,9 @@ bench-rlhf: $(INSTALLED)bench
 	$(BIN)/python benchmarks/rlhf.py run --suite tuning $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py report
 	$(BIN)/python benchmarks/rlhf.py run --suite main $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite rates $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report
+	$(BIN)/python benchmarks/rlhf.py run --suite own-rates $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py run --suite strength $(BENCH_ARGS)
 	$(BIN)/python benchmarks/rlhf.py report

@@ -1,14 +1,15 @@
 """RLHF laboratory: does SAFE hold where PPO breaks on language? Three small tasks with a proxy and a gold score.
 
-    python benchmarks/rlhf.py run [--suite tuning|main|ablation|strength|quick] [--tasks ...] [--methods ...]
-                                  [--settings ...] [--seeds 10] [--workers 2] [--time-limit SECONDS]
+    python benchmarks/rlhf.py run [--suite tuning|main|rates|own-rates|ablation|strength|quick] [--tasks ...]
+                                  [--methods ...] [--settings ...] [--seeds 10] [--workers 2] [--time-limit SECONDS]
     python benchmarks/rlhf.py run --quick
     python benchmarks/rlhf.py report
     python benchmarks/rlhf.py start
 
 All methods are one class on one code path, with equal budgets (rlhf_settings.py). SAFE has one default for all tasks;
 the KL coefficient of PPO and the target of its adaptive form are tuned per task, on seeds of their own: first
-`--suite tuning` and `report`, which writes tuned.json, then the other suites.
+`--suite tuning` and `report`, which writes tuned.json, then the other suites. The same with the learning rate as well:
+`--suite rates` and `report`, which writes own_rates.json, then `--suite own-rates`.
 
 A run is a process with one thread and writes benchmarks/results/rlhf/<setting>/<task>/<method>/<seed>.json when it ends
 (and a .partial with the curve so far until then). Finished runs are skipped, so `run` goes on where it was stopped; all
@@ -28,6 +29,7 @@ from rlhf_settings import (
     ABLATION,
     FAMILIES,
     METHODS,
+    OWN_RATES_FILE,
     SETTINGS,
     STRENGTHS,
     TUNED_FILE,
@@ -54,6 +56,8 @@ SUITES = {
     "tuning": Suite(("tuning",), tuple(TASKS), tuple(m for members in FAMILIES.values() for m in members), seeds=2),
     # Each method's own rate: PPO's on each task with its coefficient, SAFE's one for all.
     "rates": Suite(tuple(TUNING), tuple(TASKS), ("safe", *FAMILIES["ppo-kl"]), seeds=1),
+    # Rates and methods are what that has shown.
+    "own-rates": Suite((), tuple(TASKS), (), seeds=10),
     "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),
                   ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
     # Its runs of ppo and safe are those of the main suite.
@@ -67,20 +71,39 @@ SUITES = {
 
 def plan(options: argparse.Namespace) -> Iterator[Run]:
     """All runs of a suite in the order in which they are wanted: seed by seed."""
-    suite, tuned = SUITES[options.suite], read_tuned(options.out)
-    tasks, methods = options.tasks or suite.tasks, options.methods or suite.methods
-    for seed in range(options.seeds or suite.seeds):
-        for setting, task, method in itertools.product(options.settings or suite.settings, tasks, methods):
+    cells = list(own_rate_cells(options) if options.suite == "own-rates" else suite_cells(options))
+    for seed in range(options.seeds or SUITES[options.suite].seeds):
+        for setting, task, method in cells:
             first = TUNING_SEED if setting in TUNING else 0
-            yield run_of(setting, task, resolved(method, task, tuned), first + seed, options.iterations)
+            yield run_of(setting, task, method, first + seed, options.iterations)
+
+
+def suite_cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Setting, task and method of a suite's runs, each with each."""
+    suite, tuned = SUITES[options.suite], read_tuned(options.out)
+    settings, tasks = options.settings or suite.settings, options.tasks or suite.tasks
+    for setting, task, method in itertools.product(settings, tasks, options.methods or suite.methods):
+        yield setting, task, resolved(method, task, tuned)
+
+
+def own_rate_cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Setting, task and method of PPO and SAFE, each at its own learning rate."""
+    chosen = read_chosen(OWN_RATES_FILE, options.out)
+    for task in options.tasks or chosen:
+        for setting, method in chosen.get(task, {}).values():
+            yield setting, task, method
 
 
 def read_tuned(out: Path) -> Mapping[str, Mapping[str, str]]:
     """What tuning found: of the results at hand, else of those that are published."""
+    return read_chosen(TUNED_FILE, out)
+
+
+def read_chosen(name: str, out: Path) -> Any:
+    """What a suite that tunes has chosen; nothing if it has not been run."""
     for folder in (out, RESULTS):
-        if (folder / TUNED_FILE).exists():
-            tuned: dict[str, dict[str, str]] = json.loads((folder / TUNED_FILE).read_text(encoding="utf-8"))
-            return tuned
+        if (folder / name).exists():
+            return json.loads((folder / name).read_text(encoding="utf-8"))
     return {}
 
 
@@ -118,7 +141,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("start", help="measure the untrained model again (start.json)")
     for command in (run, report):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.command == "run" and options.suite == "own-rates" and (options.settings or options.methods):
+        parser.error("--suite own-rates has its settings and methods from own_rates.json; leave them out")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from reporting import Runs, digits, estimate, filled_curve, median, number, prep
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
-from rlhf_settings import ABLATION, FAMILIES, METHODS, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
+from rlhf_settings import ABLATION, FAMILIES, METHODS, OWN_RATES_FILE, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
 from rlhf_tasks import TASKS
 from runs import write_json
 
@@ -114,7 +114,7 @@ def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[
 def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
     """The best learning rate of SAFE, one for all tasks, and of PPO on each, with the best coefficient at that.
 
-    :return: task -> "ppo-kl" and "safe" -> setting that tunes and method; nothing unless all has been tried.
+    :return: task -> "ppo-kl" and "safe" -> setting to compare them at and method; nothing unless all has been tried.
     """
     members = FAMILIES["ppo-kl"]
     for setting, task in itertools.product(TUNING, TASKS):
@@ -124,9 +124,12 @@ def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
     def gold(setting: str, task: str, method: str) -> float:
         return float(tuning[setting][task][method]["final_gold"])
 
-    safe = max(TUNING, key=lambda setting: sum(gold(setting, task, "safe") for task in TASKS)), "safe"
-    pairs = list(itertools.product(TUNING, members))
-    return {task: {"ppo-kl": max(pairs, key=lambda pair: gold(pair[0], task, pair[1])), "safe": safe} for task in TASKS}
+    safe = max(TUNING, key=lambda setting: sum(gold(setting, task, "safe") for task in TASKS))
+    chosen = {}
+    for task in TASKS:
+        setting, member = max(itertools.product(TUNING, members), key=lambda pair: gold(pair[0], task, pair[1]))
+        chosen[task] = {"ppo-kl": (TUNING[setting], member), "safe": (TUNING[safe], "safe")}
+    return chosen
 
 
 def _order(method: str) -> int:
@@ -223,7 +226,8 @@ class Report:
         :param chosen: as :func:`own_rates` has it. Tasks on which one of the two has no runs are left out.
         """
         pairs = {
-            task: {name: self._cell(task, *choice) for name, choice in both.items()} for task, both in chosen.items()
+            task: {name: (setting, task, self._label(task, method)) for name, (setting, method) in both.items()}
+            for task, both in chosen.items()
         }
         pairs = {task: pair for task, pair in pairs.items() if all(map(self._has_runs, pair.values()))}
         rows: dict[str, Any] = {}
@@ -248,10 +252,6 @@ class Report:
     def _has_runs(self, cell: Cell) -> bool:
         setting, task, method = cell
         return method in self.measures.get(setting, {}).get(task, {})
-
-    def _cell(self, task: str, tuning: str, method: str) -> Cell:
-        """Where the runs are to which a choice of tuning led."""
-        return TUNING[tuning], task, self._label(task, method)
 
     def _iterations_to(self, level: float, cell: Cell) -> float | None:
         """Median over runs of the first point with smoothed gold of at least ``level``; ``None``: never."""
@@ -350,7 +350,7 @@ def _shown(text: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, tuned: Tuned, plots: bool = True) -> str:
-    """Write summary.json, tables.md, samples.md, the plots, and tuned.json if there are runs of tuning.
+    """Write summary.json, tables.md, samples.md, the plots, and what runs of tuning chose, if there are any.
 
     :param folder: of the results.
     :param tuned: task -> family -> method, of tasks that have no runs of tuning here.
@@ -364,7 +364,10 @@ def write_report(folder: Path, tuned: Tuned, plots: bool = True) -> str:
     if best:
         write_json(folder / TUNED_FILE, best)
     report = Report(runs, start, tuned)
-    summary, own = report.summary(), report.at_own_rates(own_rates(tuning))
+    chosen = own_rates(tuning)
+    if chosen:
+        write_json(folder / OWN_RATES_FILE, chosen)
+    summary, own = report.summary(), report.at_own_rates(chosen)
     found = [
         r for tasks in runs.values() for methods in tasks.values() for results in methods.values() for r in results
     ]

@@ -49,6 +49,8 @@ TUNING = {"tuning": "tuned", "tuning-x3": "lr-x3", "tuning-x10": "lr-x10"}
 TUNING_SEED = 100
 TUNED_FILE = "tuned.json"
 """In the folder of the results: the member of each family that is best at each task."""
+OWN_RATES_FILE = "own_rates.json"
+"""Beside it: setting and method of PPO and of SAFE at the learning rate that is best for them, by task."""
 
 # -- methods -----------------------------------------------------------------------------------------------------------
 

@@ -225,9 +225,9 @@ def test_safe_has_one_best_rate_and_ppo_one_on_each_task_with_its_coefficient() 
     }
     tuning = tuning_of(gold)
     chosen = rlhf_report.own_rates(tuning)
-    assert {task: choice["safe"] for task, choice in chosen.items()} == dict.fromkeys(chosen, ("tuning-x3", "safe"))
-    assert chosen["length"]["ppo-kl"] == ("tuning-x3", "ppo-kl-0.2")
-    assert chosen["sparse"]["ppo-kl"] == ("tuning", "ppo-kl-0.01")
+    assert {task: choice["safe"] for task, choice in chosen.items()} == dict.fromkeys(chosen, ("lr-x3", "safe"))
+    assert chosen["length"]["ppo-kl"] == ("lr-x3", "ppo-kl-0.2")
+    assert chosen["sparse"]["ppo-kl"] == ("tuned", "ppo-kl-0.01")
     del tuning["tuning-x3"]["length"]["ppo-kl-0.1"]
     assert rlhf_report.own_rates(tuning) == {}
 
@@ -238,7 +238,7 @@ def test_at_their_own_rates_methods_of_different_settings_are_compared() -> None
         "lr-x3": {"length": {"safe": [result_with([*np.linspace(0.5, 0.9, 5), *[0.9] * 15])]}},
     }
     report = rlhf_report.Report(results, {"length": START}, {"length": {"ppo-kl": "ppo-kl-0.05"}})
-    chosen = {"length": {"ppo-kl": ("tuning", "ppo-kl-0.05"), "safe": ("tuning-x3", "safe")}}
+    chosen = {"length": {"ppo-kl": ("tuned", "ppo-kl-0.05"), "safe": ("lr-x3", "safe")}}
     chosen["sparse"] = chosen["length"]  # has no runs
     rows = report.at_own_rates(chosen)
     assert list(rows) == ["length"]
@@ -263,6 +263,20 @@ def test_tuning_has_seeds_of_its_own_and_the_other_suites_take_what_it_found(tmp
     assert "ppo-kl-0.2" not in {run.algorithm for run in main if run.task == "sparse"}
     quick = list(rlhf.plan(rlhf.parse(["run", "--quick", "--out", str(tmp_path)])))
     assert {run.setting for run in quick} == {"quick", "quick-x10"}
+
+
+def test_runs_at_own_rates_are_those_that_tuning_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"length": {"ppo-kl": ("tuned", "ppo-kl-0.2"), "safe": ("lr-x3", "safe")}}
+    runs.write_json(tmp_path / rlhf_settings.OWN_RATES_FILE, chosen)
+    arguments = ["run", "--suite", "own-rates", "--out", str(tmp_path)]
+    found = list(rlhf.plan(rlhf.parse([*arguments, "--seeds", "2"])))
+    cells = [(run.setting, run.task, run.algorithm, run.seed) for run in found]
+    assert cells[:2] == [("tuned", "length", "ppo-kl-0.2", 0), ("lr-x3", "length", "safe", 0)]
+    assert [seed for *_, seed in cells] == [0, 0, 1, 1]
+    assert not list(rlhf.plan(rlhf.parse([*arguments, "--tasks", "sparse"])))
+    with pytest.raises(SystemExit):
+        rlhf.parse([*arguments, "--methods", "safe"])
+    assert "own_rates.json; leave them out" in capsys.readouterr().err
 
 
 def test_runs_are_written_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
