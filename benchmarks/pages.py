@@ -15,7 +15,7 @@ from typing import Any
 
 import language
 from control_settings import STRESS
-from reporting import with_interval
+from reporting import number, with_interval
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
@@ -169,6 +169,20 @@ def rlhf() -> str:
     return markdown(["task, learning rate", "seeds", *head], rows)
 
 
+def own_rates() -> str:
+    """PPO and SAFE in language, each at the learning rate that is best for it."""
+    rows = []
+    for task, figures in read("rlhf/summary.json")["own_rates"].items():
+        both = [figures[method] for method in ("ppo-kl", "safe")]
+        row = [task, *(RATES[figure["setting"]] if "setting" in figure else "" for figure in both)]
+        row.append(span([figure["seeds"] for figure in both]))
+        for what in ("final_gold", "average_gold", "average_reward"):
+            row += [with_interval(figure[what], ".2f") for figure in both]
+        rows.append(row + [number(figure.get("iterations_to_level"), ".0f") for figure in both])
+    head = [*beside("rate"), "seeds", *beside("final gold"), *beside("average gold"), *beside("average proxy")]
+    return markdown(["task", *head, *beside("iterations to PPO's gold")], rows)
+
+
 def others() -> str:
     """Final gold of PPO's other forms, and of the paper's code, on the tasks that they were run on."""
     settings = read("rlhf/summary.json")["settings"]
@@ -218,7 +232,8 @@ def text() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (control, larger, alternatives, gold, rlhf, others, layers, speed, text)
+    table.__name__: table
+    for table in (control, larger, alternatives, gold, rlhf, own_rates, others, layers, speed, text)
 }
 
 

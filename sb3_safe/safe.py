@@ -99,8 +99,8 @@ class SAFE(OnPolicyAlgorithm):
     :param rollout_buffer_class: an :class:`~sb3_safe.buffers.AnnotatedRollout`; ``None``: the one that fits.
     :param rollout_buffer_kwargs: its further arguments.
     :param target_kl: stop an update early when the KL of a minibatch to the rollout policy passes 1.5 times this.
-    :param huber_delta: where the critic loss turns linear, in running standard deviations of the return; ``None``:
-        squared error.
+    :param huber_delta: where the critic loss turns linear, in root mean squares of the critic's error on the rollout;
+        ``None``: squared error.
     :param critic_tau: Polyak step of the target critics, which supply the values that advantages are made of, per
         gradient step; 1: the critics themselves.
     :param kl_controller: ``"safe"``, ``"fixed"``, ``"adaptive"``, ``"none"``, or a class of
@@ -452,7 +452,7 @@ class SAFE(OnPolicyAlgorithm):
         self._update_learning_rate(policy.optimizer)
         self._clip = self.clip_range(progress)  # type: ignore[operator]
         self._clip_vf = self.clip_range_vf(progress) if self.clip_range_vf is not None else None  # type: ignore[operator]
-        self._delta = None if self.huber_delta is None else self.huber_delta * policy.return_scale.item()
+        self._delta = None if self.huber_delta is None else self.huber_delta * self._critic_rms()
         start = self._get_trainable()
         log: list[dict[str, float]] = []
         for epoch, pieces in (
@@ -475,6 +475,15 @@ class SAFE(OnPolicyAlgorithm):
             last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
             self.measured_kl = mean_of_finite(last_epoch) * kept**2
         self._log_update(means, kept)
+
+    def _critic_rms(self) -> float:
+        """Root mean square of the critic's error on the rollout, in units of the return.
+
+        What is an outlier is so beside other errors. Beside the spread of the returns every state is one as soon as
+        all returns have moved, and a loss that is linear everywhere teaches how far they moved, not where.
+        """
+        error = self.rollout_buffer.returns - self.rollout_buffer.values
+        return max(float(np.sqrt(np.mean(np.square(error)))), 1e-6)
 
     def _gradient(self, pieces: list[SafeSamples]) -> dict[str, float]:
         """The gradient of a minibatch, added up over the pieces that it is computed in.

@@ -184,11 +184,25 @@ def test_the_scale_of_returns_is_their_running_spread():
         assert scale == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_critics_loss_is_linear_beyond_a_multiple_of_their_error_wherever_the_returns_are():
+    class Shifted(SafeRolloutBuffer):
+        """Returns that are all 1000 higher than the critic was taught to expect."""
+
+        def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+            super().compute_returns_and_advantage(last_values, dones)
+            self.returns += 1000.0
+
+    model = learn(steps=32, rollout_buffer_class=Shifted, huber_delta=2.0)
+    errors = model.rollout_buffer.returns - model.rollout_buffer.values
+    assert model._delta == pytest.approx(2.0 * np.sqrt(np.mean(errors**2)), rel=1e-5)
+    assert np.abs(errors).max() < model._delta
+
+
 def test_pessimism_lowers_the_values_that_advantages_are_made_of():
     model = learn(policy_kwargs={"n_critics": 2, "soft_min_alpha": 0.0})
     obs, _ = model.policy.obs_to_tensor(model.rollout_buffer.observations[:, 0])
     values = model.policy.evaluate(obs, th.zeros(len(obs))).values
-    np.testing.assert_allclose(model.policy.predict_values(obs)[:, 0].detach(), values.amin(-1).detach(), rtol=1e-5)
+    np.testing.assert_allclose(model.policy.predict_values(obs)[:, 0].detach(), values.amin(-1).detach(), 1e-5, 1e-7)
     assert (values[:, 0] - values[:, 1]).abs().min() > 0
 
 
