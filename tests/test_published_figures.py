@@ -129,19 +129,27 @@ def pairs_of_stress() -> list[list[dict[str, Any]]]:
     return [[group["ppo"], group["safe"]] for group in groups]
 
 
-def test_average_gold_is_highest_where_it_is_said_to_be() -> None:
-    def best(method: str) -> list[tuple[float, str]]:
-        rates = LANGUAGE["settings"]
-        return [
-            max((rates[setting][task][method]["average_gold"][0], setting) for setting in pages.RATES)
-            for task in pages.RLHF_TASKS
-        ]
-
-    safe, ppo = best("safe"), best("ppo-kl")
-    shown = [", ".join(f"{value:.2f}" for value, _ in found) for found in (safe, ppo)]
-    assert f"({shown[0]} on the three tasks), PPO's best at any rate is {shown[1]}:" in SAID
-    assert all(setting != "tuned" for _, setting in safe)
-    assert all(ours > theirs for (ours, _), (theirs, _) in zip(safe, ppo, strict=True))
+def test_what_is_said_of_own_rates_is_in_the_results() -> None:
+    rows = LANGUAGE["own_rates"]
+    ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl", "safe"))
+    assert f"gold ends at {ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}, SAFE's reward" in SAID
+    assert f"PPO ends a little higher ({ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f};" in SAID
+    better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
+    assert f"the probability that a run of SAFE ends above one of PPO is {better})" in SAID
+    rewards = [[rows[task][name]["average_reward"][0] for name in ("ppo-kl", "safe")] for task in pages.RLHF_TASKS]
+    gains = [f"{100 * (ours / theirs - 1):.0f}" for theirs, ours in rewards]
+    assert SAID.count(f"is {gains[0]}, {gains[1]} and {gains[2]} % higher on the three") == 2
+    assert safe["kl_per_text"] < ppo["kl_per_text"]
+    assert f"no crash (PPO: {ppo['crashes']})" in SAID
+    assert safe["crashes"] == 0
+    chosen = [rows[task]["ppo-kl"] for task in pages.RLHF_TASKS]
+    coefficients = ", ".join(row["method"].removeprefix("ppo-kl-") for row in chosen)
+    assert f"PPO has the best pair on each (coefficients {coefficients})" in SAID
+    assert [row["setting"] for row in chosen] == ["tuned", "lr-x3", "tuned"]
+    assert {rows[task]["safe"]["setting"] for task in pages.RLHF_TASKS} == {"lr-x3"}
+    ratios = [rows[task]["safe"]["iterations_to_level"] / rows[task]["ppo-kl"]["iterations_to_level"] for task in
+              pages.RLHF_TASKS]  # fmt: skip
+    assert max(ratios[0], ratios[2]) < 0.5 < 1 < ratios[1]
 
 
 def test_what_is_said_of_lost_tokens_is_in_the_results() -> None:
