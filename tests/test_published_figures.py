@@ -108,6 +108,8 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
     assert "On Pendulum SAFE learns faster in every row" in SAID
     assert faster["Pendulum-v1"] == ["tuned", *pages.STRESS]
     assert "CartPole it does at 20 times the rate and without clipping only" in SAID
+    biased = CONTROL["biased-critic"]["tasks"]["CartPole-v1"]
+    assert f"biased critic ({biased['safe']['average'][0]:.0f}, PPO {biased['ppo']['average'][0]:.0f})" in SAID
     assert faster["CartPole-v1"] == ["lr-x20", "clip-1"]
     ratios = [figures[0]["dispersion"] / figures[1]["dispersion"] for figures in pairs_of_stress()]
     assert round(min(ratios)) == 1
