@@ -6,10 +6,11 @@ A table stands between ``<!-- table: name -->`` and ``<!-- end -->``. A test fai
 this would write.
 """
 
+import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,39 +135,33 @@ def alternatives() -> str:
     return markdown(["task", *columns], rows)
 
 
-def gold() -> str:
-    """Final gold and crashes of SAFE beside PPO with the KL in its reward: what matters most of :func:`rlhf`."""
+def in_language() -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """PPO with the KL in its reward and SAFE by task and learning rate: first cells of a row, and the figures of both."""
     settings = read("rlhf/summary.json")["settings"]
+    for task, (setting, label) in itertools.product(RLHF_TASKS, RATES.items()):
+        both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
+        yield [f"{task}, {label}", span([figure["seeds"] for figure in both])], both
+
+
+def gold() -> str:
+    """What matters most of :func:`rlhf`."""
     rows = []
-    for task in RLHF_TASKS:
-        for setting, label in RATES.items():
-            both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
-            row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
-            row += [with_interval(figure["final_gold"], ".2f") for figure in both]
-            rows.append(row + [str(figure["crashes"]) for figure in both])
+    for row, both in in_language():
+        row += [with_interval(figure["final_gold"], ".2f") for figure in both]
+        rows.append(row + [str(figure["crashes"]) for figure in both])
     return markdown(["task, learning rate", "seeds", *beside("final gold"), *beside("crashes")], rows)
 
 
 def rlhf() -> str:
-    """SAFE beside PPO with the KL in its reward, by task and learning rate."""
-    settings = read("rlhf/summary.json")["settings"]
+    """SAFE beside PPO with the KL in its reward."""
     rows = []
-    for task in RLHF_TASKS:
-        for setting, label in RATES.items():
-            both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]
-            row = [f"{task}, {label}", span([figure["seeds"] for figure in both])]
-            for what in ("final_gold", "average_gold", "average_reward"):
-                row += [with_interval(figure[what], ".2f") for figure in both]
-            row += [f"{figure['kl_per_text']:.1f}" for figure in both]
-            rows.append(row + [str(figure["crashes"]) for figure in both])
-    head = [
-        *beside("final gold"),
-        *beside("average gold"),
-        *beside("average proxy"),
-        *beside("KL per text"),
-        *beside("crashes"),
-    ]
-    return markdown(["task, learning rate", "seeds", *head], rows)
+    for row, both in in_language():
+        for what in ("final_gold", "average_gold", "average_reward"):
+            row += [with_interval(figure[what], ".2f") for figure in both]
+        row += [f"{figure['kl_per_text']:.1f}" for figure in both]
+        rows.append(row + [str(figure["crashes"]) for figure in both])
+    measured = ("final gold", "average gold", "average proxy", "KL per text", "crashes")
+    return markdown(["task, learning rate", "seeds", *(head for what in measured for head in beside(what))], rows)
 
 
 def own_rates() -> str:
