@@ -136,7 +136,7 @@ def alternatives() -> str:
 
 
 def in_language() -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """PPO with the KL in its reward and SAFE by task and learning rate: first cells of a row, and the figures of both."""
+    """First cells of a row and the figures of PPO with the KL in its reward and of SAFE, by task and learning rate."""
     settings = read("rlhf/summary.json")["settings"]
     for task, (setting, label) in itertools.product(RLHF_TASKS, RATES.items()):
         both = [settings[setting][task][method] for method in ("ppo-kl", "safe")]

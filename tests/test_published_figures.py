@@ -171,7 +171,10 @@ def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -
 
 
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
-    tuning = LANGUAGE["tuning"]["tuning-x10"]["embedded"]
-    ppo = max(figures["final_gold"] for name, figures in tuning.items() if name.startswith("ppo-kl"))
-    safe = min(figures["final_gold"] for name, figures in tuning.items() if name.startswith("safe"))
-    assert f"at {ppo:.2f}, SAFE at any of its three prices at {safe:.2f} or more" in SAID
+    tuning = [LANGUAGE["tuning"]["tuning-x10"][task] for task in pages.RLHF_TASKS]
+    ppo = [max(row["final_gold"] for name, row in tried.items() if name.startswith("ppo-kl")) for tried in tuning]
+    safe = [tried["safe"]["final_gold"] for tried in tuning]
+    lowest = min(row["final_gold"] for name, row in tuning[0].items() if name.startswith("safe"))
+    assert "ends at {:.2f}, {:.2f} and {:.2f}, SAFE at".format(*ppo) in SAID
+    assert "SAFE at {:.2f}, {:.2f} and {:.2f}, on `embedded`".format(*safe) in SAID
+    assert f"at any of three prices at {lowest:.2f} or more" in SAID
