@@ -200,17 +200,21 @@ def test_trust_bound_holds_for_absurd_learning_rates(env_kwargs: dict[str, Any])
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
-def test_a_stronger_penalty_keeps_the_model_nearer_to_its_start(estimator: str, env_kwargs: dict[str, Any]) -> None:
-    drifts = []
-    for coef in (0.0, 3.0):
-        model = text_model(
-            env_kwargs, learning_rate=5e-3, n_envs=16, n_steps=16, batch_size=128, kl_estimator=estimator,
-            kl_controller="fixed", kl_controller_kwargs={"coef": coef},
-        )  # fmt: skip
-        model.learn(16 * 16 * 10)
-        drifts.append(model.measured_kl)
-    assert drifts[1] < 0.7 * drifts[0]
+def test_a_stronger_penalty_keeps_the_model_nearer_to_its_start(env_kwargs: dict[str, Any]) -> None:
+    def drift(estimator: str, coef: float) -> float:
+        """Mean over seeds: one rollout of 256 tokens tells a KL of 0.05 to within its half."""
+        kls = []
+        for seed in range(4):
+            model = text_model(
+                env_kwargs, learning_rate=5e-3, n_envs=16, n_steps=16, batch_size=128, kl_estimator=estimator,
+                kl_controller="fixed", kl_controller_kwargs={"coef": coef}, seed=seed,
+            )  # fmt: skip
+            model.learn(16 * 16 * 10)
+            kls.append(model.measured_kl)
+        return float(np.mean(kls))
+
+    free = drift("k1", 0.0)
+    assert {name: kl for name in ("k1", "k2", "k3", "exact") if (kl := drift(name, 3.0)) >= 0.7 * free} == {}
 
 
 def test_a_reward_function_that_breaks_down_loses_nothing(env_kwargs: dict[str, Any], tmp_path: Any) -> None:
