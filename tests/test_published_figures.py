@@ -141,6 +141,11 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     rewards = [[rows[task][name]["average_reward"][0] for name in ("ppo-kl", "safe")] for task in pages.RLHF_TASKS]
     gains = [f"{100 * (ours / theirs - 1):.0f}" for theirs, ours in rewards]
     assert SAID.count(f"is {gains[0]}, {gains[1]} and {gains[2]} % higher on the three") == 2
+    averages = {task: [rows[task][name]["average_gold"][0] for name in ("safe", "ppo-kl")] for task in pages.RLHF_TASKS}
+    for task, said in (("embedded", "higher on"), ("length", "lower on"), ("sparse", "level on")):
+        assert "{} `{}` ({:.2f} and {:.2f})".format(said, task, *averages[task]) in SAID
+    assert averages["embedded"][0] > averages["embedded"][1]
+    assert averages["length"][0] < averages["length"][1]
     assert safe["kl_per_text"] < ppo["kl_per_text"]
     assert f"no crash (PPO: {ppo['crashes']})" in SAID
     assert safe["crashes"] == 0
