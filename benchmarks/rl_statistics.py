@@ -1,5 +1,7 @@
 """Statistics of few runs: interquartile mean, stratified bootstrap, probability of improvement, performance profile.
 
+And of many samples of one run: what the best of ``n`` of them is worth.
+
 Scores are given as one array of runs per task, ``[R_1], [R_2], ...``; with as many runs on each they are the columns of
 the usual matrix of runs and tasks. Tasks count alike in everything. Every statistic works along the last axis, so that
 the bootstrap is one call on arrays ``[repetitions, R_m]``.
@@ -62,6 +64,25 @@ def performance_profile(scores: Scores, thresholds: ArrayLike) -> FloatArray:
     :return: ``[K, ...]``
     """
     return np.stack([np.mean([(x > t).mean(axis=-1) for x in scores], axis=0) for t in np.asarray(thresholds)])
+
+
+def best_of_n(proxy: FloatArray, values: FloatArray, n: int) -> float:
+    """Expected value of the sample whose proxy is highest among ``n``, over all subsets of ``n`` of those at hand.
+
+    Unbiased: the ``i``-th best by proxy (from 0) is the best of a subset with probability
+    ``C(N - 1 - i, n - 1) / C(N, n)``. Samples of equal proxy are each as likely to be taken.
+
+    :param proxy: ``[N]``, what is chosen by.
+    :param values: ``[N]``, what the choice is worth.
+    :param n: at most ``N``.
+
+    See Nakano et al. 2021, appendix I, https://arxiv.org/abs/2112.09332
+    """
+    _, group = np.unique(proxy, return_inverse=True)
+    values = (np.bincount(group, values) / np.bincount(group))[group]
+    worse = np.arange(len(values) - 1, 0, -1)
+    chances = n / len(values) * np.cumprod([1.0, *((worse - n + 1) / worse).clip(0)])
+    return float(chances @ values[np.argsort(-proxy)])
 
 
 def interval(

@@ -81,9 +81,9 @@ def _training(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) ->
 
 
 def _frontier(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) -> None:
-    """Gold against distance from the start, as training goes on; the dot is where it ends.
+    """Gold against distance from the start, as training goes on; the dot is where it ends. Dashed: without training.
 
-    See Gao et al. 2022, https://arxiv.org/abs/2210.10760, for the axis: the root of the KL.
+    See Gao et al. 2022, https://arxiv.org/abs/2210.10760, for the axis, the root of the KL, and the best of n.
     """
     import matplotlib.pyplot as plt
 
@@ -97,6 +97,8 @@ def _frontier(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) ->
             gold = _on_grid(runs, "gold", start[task]["gold"])[1].mean(axis=-1)
             axis.plot(distance, gold, color=COLOURS[method], lw=1.3, label=method)
             axis.plot(distance[-1], gold[-1], "o", color=COLOURS[method], ms=5)
+        best = start[task]["best_of_n"]
+        axis.plot(np.sqrt(best["kl"]), best["gold"], color="black", lw=1.0, ls="--", label="best of n, untrained")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("gold", fontsize=9)
     axes[0, 0].legend(fontsize=7)

@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch as th
+from rl_statistics import best_of_n
 from rlhf_settings import ENV_ID, METHODS, arguments_of, described
 from rlhf_tasks import PROMPTS, TASKS
 from runs import Run, learn, short, versions, write_json
@@ -203,7 +205,42 @@ def measure_start(task: str, n_texts: int = 1000) -> dict[str, Any]:
     scores = gold_scores(TASKS[task].gold, texts)
     columns = episode_columns(texts) | {"gold": scores.mean(), "gold_std": scores.std(ddof=1)}
     kept = ("episodes", "reward", "reward_std", "length", "stop_share", "gold", "gold_std")
-    return {name: short(float(columns[name])) for name in kept} | {"samples": samples(model, task)}
+    return {
+        **{name: short(float(columns[name])) for name in kept},
+        "best_of_n": measure_best_of_n(model, task),
+        "samples": samples(model, task),
+    }
+
+
+def measure_best_of_n(model: SAFE, task: str, max_n: int = 512, batches: int = 32) -> dict[str, list[float | None]]:
+    """What the proxy gives without training: of ``n`` texts on a prompt the one with the highest reward is taken.
+
+    A measure for what training makes of the same distance from the start.
+
+    :param model: the untrained one.
+    :param task: whose proxy chooses.
+    :param max_n: largest ``n``; all are powers of two.
+    :param batches: of 64 texts on each of :data:`rlhf_tasks.PROMPTS`.
+    :return: columns ``n``; ``kl``, nats per text at most, ``log n - (n - 1) / n``; ``reward`` and ``gold``, means
+        over prompts.
+
+    See Gao et al. 2022, https://arxiv.org/abs/2210.10760; on the KL, Beirami et al. 2024, https://arxiv.org/abs/2401.01879
+    """
+    prompts = [prompt for prompt in PROMPTS for _ in range(64)]
+    env = text_env(task, len(prompts))
+    texts = [text for seed in range(batches) for text in write_texts(model, env, prompts, seed=1 + seed)]
+    scores = {
+        "reward": np.array([text["episode"]["r"] for text in texts]),
+        "gold": gold_scores(TASKS[task].gold, texts),
+    }
+    groups = [[i for i, text in enumerate(texts) if text["prompt"] == prompt] for prompt in PROMPTS]
+    counts = [2**i for i in range(int(math.log2(max_n)) + 1)]
+    worth = {
+        name: [fmean(best_of_n(scores["reward"][group], values[group], n) for group in groups) for n in counts]
+        for name, values in scores.items()
+    }
+    columns = {"n": counts, "kl": [math.log(n) - (n - 1) / n for n in counts], **worth}
+    return {name: [short(value) for value in column] for name, column in columns.items()}
 
 
 if __name__ == "__main__":

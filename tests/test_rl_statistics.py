@@ -43,6 +43,16 @@ def test_probability_of_improvement_counts_pairs_and_half_of_ties() -> None:
     assert rl_statistics.probability_of_improvement(ours, ours) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
+    proxy, values = np.array([0.0, 1.0, 1.0, 0.5, 2.0, 0.5, 1.0]), np.arange(7.0) ** 2
+    taken = []
+    for chosen in map(list, itertools.combinations(range(7), n)):
+        best = proxy[chosen] == proxy[chosen].max()
+        taken.append(values[chosen][best].mean())
+    assert rl_statistics.best_of_n(proxy, values, n) == pytest.approx(np.mean(taken))
+
+
 def test_profile_is_the_share_of_runs_above_each_threshold() -> None:
     runs, thresholds = scores(5, 4), [-1.0, 0.0, 0.3]
     expected = [np.mean([value > t for task in runs for value in task]) for t in thresholds]

@@ -114,6 +114,23 @@ def test_every_task_starts_with_gold_between_its_ends() -> None:
         assert 0 <= entry["gold"] < 0.6
         assert entry["gold_std"] > 0
         assert [sample["prompt"] for sample in entry["samples"]] == list(rlhf_tasks.PROMPTS)
+        best = entry["best_of_n"]
+        assert best["n"][0] == 1
+        # Other prompts than the thousand texts have.
+        assert best["gold"][0] == pytest.approx(entry["gold"], abs=0.05)
+        assert best["reward"] == sorted(best["reward"])
+
+
+def test_best_of_n_is_chosen_by_reward_among_the_texts_on_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = rlhf_tasks.PROMPTS[:2]
+    texts = [(first, 1.0, 0.25), (second, 5.0, 0.0), (first, 2.0, 0.75), (second, 4.0, 1.0)]
+    infos = [{"prompt": p, "completion": "", "completion_ids": [], "episode": {"r": r}, "g": g} for p, r, g in texts]
+    monkeypatch.setattr(rlhf_run, "PROMPTS", (first, second))
+    monkeypatch.setattr(rlhf_run, "text_env", lambda *_: None)
+    monkeypatch.setattr(rlhf_run, "write_texts", lambda *_, **__: infos)
+    monkeypatch.setattr(rlhf_run, "gold_scores", lambda _, texts: np.array([text["g"] for text in texts]))
+    columns = rlhf_run.measure_best_of_n(None, "embedded", max_n=2, batches=1)  # type: ignore[arg-type]
+    assert columns == {"n": [1, 2], "kl": [0.0, 0.193147], "reward": [3.0, 3.5], "gold": [0.5, 0.375]}
 
 
 # -- recording ---------------------------------------------------------------------------------------------------------
