@@ -126,6 +126,12 @@ def test_what_readme_sums_up_is_in_the_results() -> None:
     assert all(gold < start[task]["gold"] for gold, task in zip(fallen, pages.RLHF_TASKS, strict=True))
 
 
+def test_what_is_said_of_lunarlander_is_in_the_results() -> None:
+    rows = CONTROL["tuned"]["tasks"]["LunarLander-v3"]
+    assert "LunarLander (SAFE {:.0f} [{:.0f}, {:.0f}],".format(*rows["safe"]["final"]) in SAID
+    assert "PPO {:.0f} [{:.0f}, {:.0f}])".format(*rows["ppo"]["final"]) in SAID
+
+
 def pairs_of_stress() -> list[list[dict[str, Any]]]:
     groups = [next(iter(CONTROL[setting]["aggregate"].values())) for setting in pages.STRESS]
     return [[group["ppo"], group["safe"]] for group in groups]
@@ -134,7 +140,9 @@ def pairs_of_stress() -> list[list[dict[str, Any]]]:
 def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     rows = LANGUAGE["own_rates"]
     ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl", "safe"))
-    assert f"gold ends at {ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}, SAFE's reward" in SAID
+    means = f"{ppo['average_gold'][0]:.2f} and {safe['average_gold'][0]:.2f}"
+    ends = f"{ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}"
+    assert f"gold ends at {ends}, averaged over training it is {means};" in SAID
     assert f"PPO ends a little higher ({ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f};" in SAID
     better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
     assert f"the probability that a run of SAFE ends above one of PPO is {better})" in SAID
@@ -142,12 +150,14 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     gains = [f"{100 * (ours / theirs - 1):.0f}" for theirs, ours in rewards]
     assert SAID.count(f"is {gains[0]}, {gains[1]} and {gains[2]} % higher on the three") == 2
     averages = {task: [rows[task][name]["average_gold"][0] for name in ("safe", "ppo-kl")] for task in pages.RLHF_TASKS}
-    for task, said in (("embedded", "higher on"), ("length", "lower on"), ("sparse", "level on")):
+    for task, said in (("embedded", "higher on"), ("length", "lower on"), ("sparse", "higher on")):
         assert "{} `{}` ({:.2f} and {:.2f})".format(said, task, *averages[task]) in SAID
-    assert averages["embedded"][0] > averages["embedded"][1]
+    assert min(averages[task][0] - averages[task][1] for task in ("embedded", "sparse")) > 0
     assert averages["length"][0] < averages["length"][1]
-    assert safe["kl_per_text"] < ppo["kl_per_text"]
-    assert f"no crash (PPO: {ppo['crashes']})" in SAID
+    over_all = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["average_gold"]) for row in (safe, ppo)]
+    assert "over all three {} and {}.".format(*over_all) in SAID
+    assert f"({safe['kl_per_text']:.1f} nats over all, PPO {ppo['kl_per_text']:.1f})" in SAID
+    assert f"with no crash (PPO: {ppo['crashes']})" in SAID
     assert safe["crashes"] == 0
     chosen = [rows[task]["ppo-kl"] for task in pages.RLHF_TASKS]
     coefficients = ", ".join(row["method"].removeprefix("ppo-kl-") for row in chosen)
@@ -156,7 +166,22 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     assert {rows[task]["safe"]["setting"] for task in pages.RLHF_TASKS} == {"lr-x3"}
     ratios = [rows[task]["safe"]["iterations_to_level"] / rows[task]["ppo-kl"]["iterations_to_level"] for task in
               pages.RLHF_TASKS]  # fmt: skip
-    assert max(ratios[0], ratios[2]) < 0.5 < 1 < ratios[1]
+    assert 0.4 < min(ratios[0], ratios[2]) <= max(ratios[0], ratios[2]) < 0.55 < 1 < ratios[1]
+
+
+def test_what_is_said_of_the_best_of_n_is_in_the_results() -> None:
+    start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())
+    best = {task: {name: column[-1] for name, column in start[task]["best_of_n"].items()} for task in pages.RLHF_TASKS}
+    (n, nats), *others = {(row["n"], f"{row['kl']:.1f}") for row in best.values()}
+    assert not others
+    gold = "{:.2f}, {:.2f} and {:.2f}".format(*(best[task]["gold"] for task in pages.RLHF_TASKS))
+    assert f"Of {n} texts of the untrained model" in SAID
+    assert f"at most {nats} nats away from it, has gold {gold} on the three tasks" in SAID
+    ends = [(task, row) for task in pages.RLHF_TASKS for row in LANGUAGE["own_rates"][task].values()]
+    assert all(5 <= round(row["kl_per_text"]) <= 9 for _, row in ends)
+    for task, row in ends:
+        lead = row["final_gold"][0] - best[task]["gold"]
+        assert -0.04 < lead < 0 if task == "embedded" else lead > -0.01
 
 
 def test_what_is_said_of_lost_tokens_is_in_the_results() -> None:
@@ -167,7 +192,7 @@ def test_what_is_said_of_lost_tokens_is_in_the_results() -> None:
     tuning = LANGUAGE["tuning"]["tuning-x3"]["embedded"]
     lost, kept = (f"{tuning[name]['final_gold']:.2f}" for name in ("safe-no-drift", "safe"))
     assert f"3 times the rate: gold {lost} at the end)" in SAID
-    assert f"With it that run ends at {kept}," in SAID
+    assert f"With it that seed ends at {kept}," in SAID
 
 
 def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -> None:
