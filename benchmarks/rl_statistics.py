@@ -74,10 +74,13 @@ def best_of_n(proxy: FloatArray, values: FloatArray, n: int) -> float:
 
     :param proxy: ``[N]``, what is chosen by.
     :param values: ``[N]``, what the choice is worth.
-    :param n: at most ``N``.
+    :param n: 1 to ``N``.
+    :raises ValueError: ``n`` is not.
 
     See Nakano et al. 2021, appendix I, https://arxiv.org/abs/2112.09332
     """
+    if not 1 <= n <= len(proxy):
+        raise ValueError(f"n must be from 1 to the {len(proxy)} samples at hand, got {n}")
     _, group = np.unique(proxy, return_inverse=True)
     values = (np.bincount(group, values) / np.bincount(group))[group]
     worse = np.arange(len(values) - 1, 0, -1)

@@ -53,6 +53,12 @@ def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
     assert rl_statistics.best_of_n(proxy, values, n) == pytest.approx(np.mean(taken))
 
 
+@pytest.mark.parametrize("n", [0, 4])
+def test_best_of_more_than_there_are_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"n must be from 1 to the 3 samples at hand, got {n}"):
+        rl_statistics.best_of_n(np.zeros(3), np.zeros(3), n)
+
+
 def test_profile_is_the_share_of_runs_above_each_threshold() -> None:
     runs, thresholds = scores(5, 4), [-1.0, 0.0, 0.3]
     expected = [np.mean([value > t for task in runs for value in task]) for t in thresholds]
