@@ -117,8 +117,10 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
 
 
 def test_what_readme_sums_up_is_in_the_results() -> None:
-    better = CONTROL["tuned"]["aggregate"]["all tasks"]["safe"]["improvement_final"]
-    assert "is the better one is {:.2f} [{:.2f}, {:.2f}]".format(*better) in SAID
+    safe = CONTROL["tuned"]["aggregate"]["all tasks"]["safe"]
+    final, average = ("{:.2f} [{:.2f}, {:.2f}]".format(*safe[f"improvement_{what}"]) for what in ("final", "average"))
+    assert f"return is the better one is {final}, and that its training average is, {average}." in SAID
+    assert f"ends above one of PPO is {final}, and that its training average is the higher one {average}." in SAID
     ratios = [figures[0]["dispersion"] / figures[1]["dispersion"] for figures in pairs_of_stress()]
     assert f"({min(ratios):.1f} to {max(ratios):.1f} times in control)" in SAID
     start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())
