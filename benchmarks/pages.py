@@ -47,6 +47,11 @@ STRESSES = {
 }
 RLHF_TASKS = ("embedded", "length", "sparse")
 RATES = {"tuned": "tuned", "lr-x3": "rate x 3", "lr-x10": "rate x 10"}
+OWN_RATES = {
+    "ppo-kl": "PPO, tuned to the task",
+    "ppo-kl-shared": "PPO, one setting for all",
+    "safe": "SAFE, one setting for all",
+}
 OTHERS = {
     "ppo-adaptive": "PPO, adaptive KL in the reward",
     "ppo": "PPO without a KL",
@@ -168,14 +173,14 @@ def own_rates() -> str:
     """PPO and SAFE in language, each at the learning rate that is best for it."""
     rows = []
     for task, figures in read("rlhf/summary.json")["own_rates"].items():
-        both = [figures[method] for method in ("ppo-kl", "safe")]
-        row = [task, *(RATES[figure["setting"]] if "setting" in figure else "" for figure in both)]
-        row.append(span([figure["seeds"] for figure in both]))
-        for what in ("final_gold", "average_gold", "average_reward"):
-            row += [with_interval(figure[what], ".2f") for figure in both]
-        rows.append(row + [number(figure.get("iterations_to_level"), ".0f") for figure in both])
-    head = [*beside("rate"), "seeds", *beside("final gold"), *beside("average gold"), *beside("average proxy")]
-    return markdown(["task", *head, *beside("iterations to PPO's gold")], rows)
+        for name, label in OWN_RATES.items():
+            figure = figures[name]
+            row = [task, label, RATES.get(figure.get("setting"), ""), str(figure["seeds"])]
+            row += [with_interval(figure[what], ".2f") for what in ("final_gold", "average_gold", "average_reward")]
+            row += [f"{figure['kl_per_text']:.1f}", str(figure["crashes"])]
+            rows.append([*row, number(figure.get("iterations_to_level"), ".0f")])
+    head = ["task", "", "rate", "seeds", "final gold", "average gold", "average proxy", "KL per text", "crashes"]
+    return markdown([*head, "iterations to PPO's gold"], rows)
 
 
 def others() -> str:
@@ -194,18 +199,16 @@ def others() -> str:
 def layers() -> str:
     """Each layer off alone and on alone, in control and language."""
     groups = read("control/summary.json")["settings"]["lr-x5"]["aggregate"].values()
-    control = next(rows for rows in groups if "safe-off" in rows)
-    language = read("rlhf/summary.json")["settings"]["lr-x10"]["embedded"]
-
-    def cells(off: str, on: str) -> list[str]:
-        """SAFE without a layer and with nothing else, in control, where it has that layer, and in language."""
-        found = [control.get(name, {}).get("final") for name in (off, on)]
-        found += [language[off]["final_gold"], language["ppo" if on == "safe-off" else on]["final_gold"]]
-        return ["" if value is None else f"{value[0]:.2f}" for value in found]
-
-    rows = [[label, *cells(*names)] for label, names in LAYERS.items()]
-    rows.append(["none off: SAFE; none on: PPO", *cells("safe", "safe-off")])
-    return markdown(["layer", "control, off alone", "on alone", "language, off alone", "on alone"], rows)
+    columns = {"control": ("final", next(rows for rows in groups if "safe-off" in rows))}
+    for task, rows in read("rlhf/summary.json")["settings"]["lr-x10"].items():
+        if task in RLHF_TASKS:
+            columns[task] = ("final_gold", rows | {"safe-off": rows["ppo"]})
+    lines = [
+        [label, *(f"{rows[name][what][0]:.2f}" if name in rows else "" for what, rows in columns.values()
+                  for name in names)]
+        for label, names in (LAYERS | {"none off: SAFE; none on: PPO": ("safe", "safe-off")}).items()
+    ]  # fmt: skip
+    return markdown(["layer", *(head for name in columns for head in (f"{name}, off alone", "on alone"))], lines)
 
 
 def speed() -> str:

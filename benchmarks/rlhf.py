@@ -87,10 +87,10 @@ def suite_cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 
 def own_rate_cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    """Setting, task and method of PPO and SAFE, each at its own learning rate."""
+    """Setting, task and method of PPO and SAFE, each at its own learning rate; once, if it is chosen twice."""
     chosen = read_chosen(OWN_RATES_FILE, options.out)
     for task in options.tasks or chosen:
-        for setting, method in chosen.get(task, {}).values():
+        for setting, method in dict.fromkeys(map(tuple, chosen.get(task, {}).values())):
             yield setting, task, method
 
 

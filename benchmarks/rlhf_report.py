@@ -19,16 +19,17 @@ point before):
 
 ``ppo-kl`` and ``ppo-adaptive`` are, on each task, the member of the family with the highest mean final gold in tuning.
 
-"Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: SAFE's is one for all tasks,
-PPO's is chosen on each, together with its coefficient. Iterations to PPO's gold: the first point at which the smoothed
-g_i is within 5 % of the final gold of that PPO (IQM over its runs); the median over runs.
+"Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: SAFE's is one for all tasks;
+PPO's is chosen with its coefficient, on each task (``ppo-kl``) and once for all (``ppo-kl-shared``). Iterations to
+PPO's gold: the first point at which the smoothed g_i is within 5 % of the final gold of ``ppo-kl`` (IQM over its runs);
+the median over runs.
 """
 
 import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,24 +113,26 @@ def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[
 
 
 def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
-    """The best learning rate of SAFE, one for all tasks, and of PPO on each, with the best coefficient at that.
+    """What is best for SAFE and PPO: SAFE's learning rate, one for all tasks, and PPO's with its coefficient.
 
-    :return: task -> "ppo-kl" and "safe" -> setting to compare them at and method; nothing unless all has been tried.
+    :return: task -> "ppo-kl" (PPO at the best pair on that task), "ppo-kl-shared" (at the best over all tasks) and
+        "safe" -> setting to compare them at and method; nothing unless all has been tried.
     """
     members = FAMILIES["ppo-kl"]
     for setting, task in itertools.product(TUNING, TASKS):
         if not {"safe", *members} <= set(tuning.get(setting, {}).get(task, {})):
             return {}
 
-    def gold(setting: str, task: str, method: str) -> float:
-        return float(tuning[setting][task][method]["final_gold"])
+    def best(methods: Iterable[str], tasks: Iterable[str]) -> tuple[str, str]:
+        """Setting and method of the highest mean final gold."""
+        setting, method = max(
+            itertools.product(TUNING, methods),
+            key=lambda pair: sum(tuning[pair[0]][task][pair[1]]["final_gold"] for task in tasks),
+        )
+        return TUNING[setting], method
 
-    safe = max(TUNING, key=lambda setting: sum(gold(setting, task, "safe") for task in TASKS))
-    chosen = {}
-    for task in TASKS:
-        setting, member = max(itertools.product(TUNING, members), key=lambda pair: gold(pair[0], task, pair[1]))
-        chosen[task] = {"ppo-kl": (TUNING[setting], member), "safe": (TUNING[safe], "safe")}
-    return chosen
+    for_all = {"ppo-kl-shared": best(members, TASKS), "safe": best(["safe"], TASKS)}
+    return {task: {"ppo-kl": best(members, [task]), **for_all} for task in TASKS}
 
 
 def _order(method: str) -> int:
@@ -223,31 +226,32 @@ class Report:
     def at_own_rates(self, chosen: Mapping[str, Mapping[str, tuple[str, str]]]) -> dict[str, Any]:
         """Figures of PPO and SAFE, each at its own learning rate: task or "all tasks" -> method -> figures.
 
-        :param chosen: as :func:`own_rates` has it. Tasks on which one of the two has no runs are left out.
+        :param chosen: as :func:`own_rates` has it. Tasks on which one of them has no runs are left out.
         """
-        pairs = {
-            task: {name: (setting, task, self._label(task, method)) for name, (setting, method) in both.items()}
-            for task, both in chosen.items()
+        cells = {
+            task: {name: (setting, task, self._label(task, method)) for name, (setting, method) in methods.items()}
+            for task, methods in chosen.items()
         }
-        pairs = {task: pair for task, pair in pairs.items() if all(map(self._has_runs, pair.values()))}
+        cells = {task: found for task, found in cells.items() if all(map(self._has_runs, found.values()))}
         rows: dict[str, Any] = {}
-        for task, pair in pairs.items():
-            rows[task] = self._pair([pair])
+        for task, found in cells.items():
+            rows[task] = self._compared([found])
             level = LEVEL * rows[task]["ppo-kl"]["final_gold"][0]
-            for name, cell in pair.items():
+            for name, cell in found.items():
                 reached = self._iterations_to(level, cell)
                 rows[task][name] |= {
                     "setting": cell[0],
                     "method": chosen[task][name][1],
                     "iterations_to_level": reached,
                 }
-        if len(pairs) > 1:
-            rows["all tasks"] = self._pair(list(pairs.values()))
+        if len(cells) > 1:
+            rows["all tasks"] = self._compared(list(cells.values()))
         return rows
 
-    def _pair(self, pairs: Sequence[Mapping[str, Cell]]) -> dict[str, dict[str, Any]]:
-        ppo, safe = ([pair[name] for pair in pairs] for name in ("ppo-kl", "safe"))
-        return {"ppo-kl": self.row(ppo, safe), "safe": self.row(safe)}
+    def _compared(self, tasks: Sequence[Mapping[str, Cell]]) -> dict[str, dict[str, Any]]:
+        """Figures of all that is compared, and how often SAFE beats it: name -> figures over all tasks."""
+        safe = [cells["safe"] for cells in tasks]
+        return {name: self.row([cells[name] for cells in tasks], safe if name != "safe" else ()) for name in tasks[0]}
 
     def _has_runs(self, cell: Cell) -> bool:
         setting, task, method = cell
@@ -312,7 +316,7 @@ def tables(
     if own:
         lines += ["", "## Each at its own learning rate"]
         for task, rows in own.items():
-            named = {", ".join((row.get("method", name), row.get("setting", "own"))): row for name, row in rows.items()}
+            named = {" ".join((name, row.get("method", ""), row.get("setting", ""))): row for name, row in rows.items()}
             lines += ["", f"### {task}", "", *_rows((TO_LEVEL, *COLUMNS), named)]
     if tuning:
         columns = {f"{setting}: {task}": rows for setting, tasks in tuning.items() for task, rows in tasks.items()}

@@ -43,8 +43,23 @@ def test_what_is_said_of_tuning_is_what_was_chosen() -> None:
     tuned = json.loads((ROOT / "benchmarks/results/rlhf/tuned.json").read_text())
     chosen = [tuned[task]["ppo-kl"].removeprefix("ppo-kl-") for task in pages.RLHF_TASKS]
     assert f"at the tuned rate ({', '.join(chosen)}), chosen on one seed" in SAID
-    target = tuned["embedded"]["ppo-adaptive"].removeprefix("ppo-adaptive-")
-    assert f"best of six targets, {target} nats a token" in SAID
+    targets = [tuned[task]["ppo-adaptive"].removeprefix("ppo-adaptive-") for task in pages.RLHF_TASKS]
+    assert "best of six targets on each task ({}, {} and {} nats a token)".format(*targets) in SAID
+
+
+def test_what_is_said_of_ppos_other_forms_is_in_the_results() -> None:
+    start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())
+    rates = [LANGUAGE["settings"][setting] for setting in pages.RATES]
+    unpriced = {
+        task: [[rate[task][name]["final_gold"][0] for name in ("ppo", "ppo-target-kl", "published")] for rate in rates]
+        for task in pages.RLHF_TASKS
+    }
+    assert all(max(*fast, *faster) < 0.005 for _, fast, faster in unpriced.values())
+    assert all(max(unpriced[task][0]) < start[task]["gold"] for task in ("embedded", "length"))
+    assert f"least to hack, at {max(unpriced['sparse'][0]):.2f} or less." in SAID
+    for task in pages.RLHF_TASKS:
+        adaptive, fixed = (rates[2][task][name]["final_gold"][0] for name in ("ppo-adaptive", "ppo-kl"))
+        assert adaptive < fixed + 0.05
 
 
 def test_what_the_layers_cost_is_what_was_measured() -> None:
@@ -142,12 +157,12 @@ def pairs_of_stress() -> list[list[dict[str, Any]]]:
 def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     rows = LANGUAGE["own_rates"]
     ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl", "safe"))
+    assert f"gold ends at {ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}, averaged over" in SAID
     means = f"{ppo['average_gold'][0]:.2f} and {safe['average_gold'][0]:.2f}"
-    ends = f"{ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}"
-    assert f"gold ends at {ends}, averaged over training it is {means};" in SAID
-    assert f"PPO ends a little higher ({ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f};" in SAID
+    assert f"averaged over training it is {means};" in SAID
     better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
-    assert f"the probability that a run of SAFE ends above one of PPO is {better})" in SAID
+    ends = f"{ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f}"
+    assert f"PPO ends a little higher ({ends}; the probability for SAFE is {better})" in SAID
     rewards = [[rows[task][name]["average_reward"][0] for name in ("ppo-kl", "safe")] for task in pages.RLHF_TASKS]
     gains = [f"{100 * (ours / theirs - 1):.0f}" for theirs, ours in rewards]
     assert SAID.count(f"is {gains[0]}, {gains[1]} and {gains[2]} % higher on the three") == 2
@@ -163,12 +178,30 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     assert safe["crashes"] == 0
     chosen = [rows[task]["ppo-kl"] for task in pages.RLHF_TASKS]
     coefficients = ", ".join(row["method"].removeprefix("ppo-kl-") for row in chosen)
-    assert f"PPO has the best pair on each (coefficients {coefficients})" in SAID
+    assert f"the best pair on each task (coefficients {coefficients})" in SAID
     assert [row["setting"] for row in chosen] == ["tuned", "lr-x3", "tuned"]
     assert {rows[task]["safe"]["setting"] for task in pages.RLHF_TASKS} == {"lr-x3"}
     ratios = [rows[task]["safe"]["iterations_to_level"] / rows[task]["ppo-kl"]["iterations_to_level"] for task in
               pages.RLHF_TASKS]  # fmt: skip
     assert 0.4 < min(ratios[0], ratios[2]) <= max(ratios[0], ratios[2]) < 0.55 < 1 < ratios[1]
+
+
+def test_what_is_said_of_one_setting_for_all_tasks_is_in_the_results() -> None:
+    rows = LANGUAGE["own_rates"]
+    (pair,) = {(rows[task]["ppo-kl-shared"]["setting"], rows[task]["ppo-kl-shared"]["method"]) for task in
+               pages.RLHF_TASKS}  # fmt: skip
+    assert pair == ("tuned", "ppo-kl-0.05")
+    assert "the best one for all tasks (0.05, the tuned rate)" in SAID
+    ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl-shared", "safe"))
+    ends = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["final_gold"]) for row in (safe, ppo)]
+    assert SAID.count("over all three at {} and {}".format(*ends)) == 1
+    assert safe["final_gold"][1] > ppo["final_gold"][2]
+    better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
+    assert f"the probability that a run of SAFE ends above one of PPO is {better}." in SAID
+    gain = 100 * (safe["average_reward"][0] / ppo["average_reward"][0] - 1)
+    golds = f"{safe['average_gold'][0]:.2f} and {ppo['average_gold'][0]:.2f}"
+    assert f"Gold averaged over training is {golds}, the proxy {gain:.0f} % higher." in SAID
+    assert "With one setting for all tasks, gold ends at {} (SAFE) and {} (PPO)".format(*ends) in SAID
 
 
 def test_what_is_said_of_the_best_of_n_is_in_the_results() -> None:
@@ -179,7 +212,8 @@ def test_what_is_said_of_the_best_of_n_is_in_the_results() -> None:
     gold = "{:.2f}, {:.2f} and {:.2f}".format(*(best[task]["gold"] for task in pages.RLHF_TASKS))
     assert f"Of {n} texts of the untrained model" in SAID
     assert f"at most {nats} nats away from it, has gold {gold} on the three tasks" in SAID
-    ends = [(task, row) for task in pages.RLHF_TASKS for row in LANGUAGE["own_rates"][task].values()]
+    rows = LANGUAGE["own_rates"]
+    ends = [(task, rows[task][name]) for task in pages.RLHF_TASKS for name in ("ppo-kl", "safe")]
     assert all(5 <= round(row["kl_per_text"]) <= 9 for _, row in ends)
     for task, row in ends:
         lead = row["final_gold"][0] - best[task]["gold"]

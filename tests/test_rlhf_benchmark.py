@@ -232,34 +232,49 @@ def tuning_of(gold: dict[tuple[str, str, str], float]) -> dict[str, dict[str, di
     }
 
 
-def test_safe_has_one_best_rate_and_ppo_one_on_each_task_with_its_coefficient() -> None:
+def test_safe_has_one_best_rate_and_ppo_one_on_each_task_and_one_for_all_with_its_coefficient() -> None:
     gold = {
         ("tuning-x10", "sparse", "safe"): 0.9,
         ("tuning-x3", "sparse", "safe"): 0.8,
         ("tuning-x3", "length", "safe"): 0.8,
         ("tuning-x3", "length", "ppo-kl-0.2"): 0.7,
         ("tuning", "sparse", "ppo-kl-0.01"): 0.7,
+        ("tuning", "sparse", "ppo-kl-0.05"): 0.65,
+        ("tuning", "length", "ppo-kl-0.05"): 0.65,
     }
     tuning = tuning_of(gold)
     chosen = rlhf_report.own_rates(tuning)
     assert {task: choice["safe"] for task, choice in chosen.items()} == dict.fromkeys(chosen, ("lr-x3", "safe"))
     assert chosen["length"]["ppo-kl"] == ("lr-x3", "ppo-kl-0.2")
     assert chosen["sparse"]["ppo-kl"] == ("tuned", "ppo-kl-0.01")
+    assert {choice["ppo-kl-shared"] for choice in chosen.values()} == {("tuned", "ppo-kl-0.05")}
     del tuning["tuning-x3"]["length"]["ppo-kl-0.1"]
     assert rlhf_report.own_rates(tuning) == {}
 
 
 def test_at_their_own_rates_methods_of_different_settings_are_compared() -> None:
     results: dict[str, Any] = {
-        "tuned": {"length": {"ppo-kl-0.05": [result_with(list(np.linspace(0.5, 0.9, 20)))]}},
+        "tuned": {
+            "length": {
+                "ppo-kl-0.05": [result_with(list(np.linspace(0.5, 0.9, 20)))],
+                "ppo-kl-0.2": [result_with([0.5] * 20)],
+            }
+        },
         "lr-x3": {"length": {"safe": [result_with([*np.linspace(0.5, 0.9, 5), *[0.9] * 15])]}},
     }
     report = rlhf_report.Report(results, {"length": START}, {"length": {"ppo-kl": "ppo-kl-0.05"}})
-    chosen = {"length": {"ppo-kl": ("tuned", "ppo-kl-0.05"), "safe": ("lr-x3", "safe")}}
+    chosen = {
+        "length": {
+            "ppo-kl": ("tuned", "ppo-kl-0.05"),
+            "ppo-kl-shared": ("tuned", "ppo-kl-0.2"),
+            "safe": ("lr-x3", "safe"),
+        }
+    }
     chosen["sparse"] = chosen["length"]  # has no runs
     rows = report.at_own_rates(chosen)
     assert list(rows) == ["length"]
-    ppo, safe = rows["length"]["ppo-kl"], rows["length"]["safe"]
+    ppo, shared, safe = (rows["length"][name] for name in ("ppo-kl", "ppo-kl-shared", "safe"))
+    assert (shared["method"], shared["final_gold"][0], shared["iterations_to_level"]) == ("ppo-kl-0.2", 0.5, None)
     assert (ppo["setting"], ppo["method"], safe["setting"]) == ("tuned", "ppo-kl-0.05", "lr-x3")
     assert ppo["safe_is_better"][0] == 1
     # Means of five points: PPO's last and SAFE's eighth are the first within 5 % of what PPO ends at.
@@ -283,7 +298,8 @@ def test_tuning_has_seeds_of_its_own_and_the_other_suites_take_what_it_found(tmp
 
 
 def test_runs_at_own_rates_are_those_that_tuning_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = {"length": {"ppo-kl": ("tuned", "ppo-kl-0.2"), "safe": ("lr-x3", "safe")}}
+    ppo = ("tuned", "ppo-kl-0.2")
+    chosen = {"length": {"ppo-kl": ppo, "ppo-kl-shared": ppo, "safe": ("lr-x3", "safe")}}
     runs.write_json(tmp_path / rlhf_settings.OWN_RATES_FILE, chosen)
     arguments = ["run", "--suite", "own-rates", "--out", str(tmp_path)]
     found = list(rlhf.plan(rlhf.parse([*arguments, "--seeds", "2"])))
