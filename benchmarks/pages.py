@@ -200,14 +200,12 @@ def layers() -> str:
     """Each layer off alone and on alone, in control and language."""
     groups = read("control/summary.json")["settings"]["lr-x5"]["aggregate"].values()
     columns = {"control": ("final", next(rows for rows in groups if "safe-off" in rows))}
-    for task, rows in read("rlhf/summary.json")["settings"]["lr-x10"].items():
-        if task in RLHF_TASKS:
-            columns[task] = ("final_gold", rows | {"safe-off": rows["ppo"]})
-    lines = [
-        [label, *(f"{rows[name][what][0]:.2f}" if name in rows else "" for what, rows in columns.values()
-                  for name in names)]
-        for label, names in (LAYERS | {"none off: SAFE; none on: PPO": ("safe", "safe-off")}).items()
-    ]  # fmt: skip
+    language = read("rlhf/summary.json")["settings"]["lr-x10"]
+    columns |= {task: ("final_gold", language[task] | {"safe-off": language[task]["ppo"]}) for task in RLHF_TASKS}
+    lines = []
+    for label, names in (LAYERS | {"none off: SAFE; none on: PPO": ("safe", "safe-off")}).items():
+        cells = itertools.product(columns.values(), names)
+        lines.append([label, *(f"{rows[name][what][0]:.2f}" if name in rows else "" for (what, rows), name in cells)])
     return markdown(["layer", *(head for name in columns for head in (f"{name}, off alone", "on alone"))], lines)
 
 

@@ -29,7 +29,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
         if not {"safe", *members} <= set(tuning.get(setting, {}).get(task, {})):
             return {}
 
-    def best(methods: Iterable[str], tasks: Iterable[str]) -> tuple[str, str]:
+    def best(methods: Collection[str], tasks: Collection[str]) -> tuple[str, str]:
         """Setting and method of the highest mean final gold."""
         setting, method = max(
             itertools.product(TUNING, methods),

@@ -41,6 +41,7 @@ def test_ppo_and_safe_have_as_many_seeds_wherever_they_are_compared() -> None:
     rates = [LANGUAGE["settings"][setting] for setting in pages.RATES]
     pairs += [(tasks[task]["ppo-kl"], tasks[task]["safe"]) for tasks in rates for task in pages.RLHF_TASKS]
     assert all(ppo["seeds"] == safe["seeds"] for ppo, safe in pairs)
+    assert all(len({row["seeds"] for row in rows.values()}) == 1 for rows in LANGUAGE["own_rates"].values())
 
 
 def test_what_is_said_of_tuning_is_what_was_chosen() -> None:
@@ -172,9 +173,9 @@ def pairs_of_stress() -> list[list[dict[str, Any]]]:
 def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     rows = LANGUAGE["own_rates"]
     ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl", "safe"))
-    assert f"gold ends at {ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}, averaged over" in SAID
     means = f"{ppo['average_gold'][0]:.2f} and {safe['average_gold'][0]:.2f}"
-    assert f"averaged over training it is {means};" in SAID
+    ends = f"{ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}"
+    assert f"gold ends at {ends}, averaged over training it is {means};" in SAID
     better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
     ends = f"{ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f}"
     assert f"PPO ends a little higher ({ends}; the probability for SAFE is {better})" in SAID
