@@ -1,4 +1,4 @@
-"""Statistics of few runs, against the plainest computation of each, and against rliable where it is installed."""
+"""Statistics of few runs, against the plainest computation of each, and against rliable."""
 
 import itertools
 import math
