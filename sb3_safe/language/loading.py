@@ -1,6 +1,5 @@
 """Loading a causal language model as the body of a policy."""
 
-import inspect
 from typing import Any
 
 import torch as th
@@ -9,6 +8,8 @@ from textgen_env.resolve import resolve
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sb3_safe.language.body import check_architecture
+
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     """Load a causal language model.
@@ -16,25 +17,19 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     :param model: name on the Hugging Face hub, folder, or ``package:folder`` for weights inside an installed package.
     :param kwargs: of ``from_pretrained``; ``dtype`` defaults to float32 (the tiny embedded model is stored in half
         precision and trained in full).
-    :raises ValueError: it cannot be loaded, is not a causal language model, or keeps no keys and values.
+    :raises ValueError: it cannot be loaded, is not a causal language model, or is none that can be run as is done here
+        (:func:`~sb3_safe.language.body.check_architecture`).
     """
     arguments = {"dtype": th.float32, "trust_remote_code": False} | kwargs
     with blaming("model", model, "model_kwargs"):
         lm, found = AutoModelForCausalLM.from_pretrained(resolve(model), output_loading_info=True, **arguments)
         if found["missing_keys"]:
             raise ValueError(f"it is not a causal language model: its checkpoint lacks {sorted(found['missing_keys'])}")
-    accepted = inspect.signature(lm.base_model.forward).parameters
-    missing = {"past_key_values", "position_ids", "use_cache"} - accepted.keys()
-    kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
-    if getattr(lm, "_is_stateful", False) or missing or kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"model={model!r} ({type(lm).__name__}) is not supported: texts are written with a cache of keys and "
-            "values and positions of their own, which this architecture does not take; choose a transformer such as "
-            "Qwen, Llama, Gemma, Mistral or GPT-2"
-        )
     # Dropout would make log-probabilities of training and rollout differ for the same weights.
     silence_dropout(lm)
-    return lm.eval()  # type: ignore[no-any-return]
+    lm.eval()
+    check_architecture(lm, model)
+    return lm  # type: ignore[no-any-return]
 
 
 def default_dtype(adapted: bool) -> th.dtype:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_safe.language.adapters import LORA_FROM, Adapters, lora_arguments
+from sb3_safe.language.body import hidden_states
 from sb3_safe.language.buffer import SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
 from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
 from sb3_safe.language.onednn import accelerate, packing
-from sb3_safe.language.slots import PREFILL_ROWS, SlotCache, additive
+from sb3_safe.language.slots import PREFILL_ROWS, SlotCache
 from sb3_safe.language.tokens import TokenDistribution, sample
 from sb3_safe.policies import Evaluation, PessimisticCritics
 
@@ -299,26 +300,11 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         slots: SlotCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states ``[b, q, h]``.
-
-        Without a mask rows are causal, which right-padding does not disturb, and where positions begin anew within
-        a row, so does attention.
-        """
-        if positions is None:
-            positions = th.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if mask is not None and lm.config._attn_implementation == "eager":  # adds its mask to the scores
-            mask = additive(mask, lm.dtype)
+        """As :func:`~sb3_safe.language.body.hidden_states`, with the adapters if they are not merged."""
         # Adapters are in single precision; beside a model of lower precision they compute in that.
         mixed = self.adapters is not None and not self.adapters.merged and lm.dtype != th.float32
         with th.autocast(ids.device.type, lm.dtype if mixed else None, enabled=mixed):
-            output = lm.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=slots,
-                use_cache=slots is not None,
-            )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+            return hidden_states(lm, ids, mask, slots, positions)
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 

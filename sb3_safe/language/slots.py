@@ -48,9 +48,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values[self.rows, :, :width] = value_states
             return key_states, value_states
         assert self.positions is not None
-        index = self.positions.view(-1, 1, 1, 1).expand(-1, key_states.shape[1], 1, key_states.shape[3])
-        self.keys.scatter_(2, index, key_states)
-        self.values.scatter_(2, index, value_states)
+        index = self.positions.view(-1, 1, 1, 1)
+        self.keys.scatter_(2, index.expand_as(key_states), key_states)
+        self.values.scatter_(2, index.expand_as(value_states), value_states)  # which may be of another size
         return self.keys[:, :, : self.width], self.values[:, :, : self.width]
 
     def get_seq_length(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sb3_safe.functional import categorical_kl
+from sb3_safe.language.body import next_logits
 
 # Far enough below any logit that its probability is exactly 0, and finite, so that 0 * log 0 is 0 and not NaN.
 SUPPRESSED = -1e9
@@ -62,10 +63,7 @@ class TokenDistribution:
         :param chosen: ``[B]``, tokens that ``top_k`` and ``top_p`` must not exclude.
         :param whole: leave ``top_k`` and ``top_p`` out.
         """
-        logits = lm.get_output_embeddings()(hidden).float()
-        cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-        if cap is not None:
-            logits = cap * th.tanh(logits / cap)
+        logits = next_logits(lm, hidden)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if self.min_new_tokens > 0:

@@ -8,9 +8,11 @@ import torch as th
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -18,7 +20,7 @@ from transformers import (
 
 th.set_num_threads(1)
 
-ARCHITECTURES = ("qwen2", "llama", "gpt2", "gemma", "gemma2")
+ARCHITECTURES = ("qwen2", "llama", "gpt2", "gemma", "gemma2", "granite", "cohere")
 WORDS = "the cat sat on a mat and then it ran away from dogs into some house of red bricks near water".split()
 VOCAB_SIZE = 300
 
@@ -57,9 +59,14 @@ def make_config(architecture: str, **overrides: Any) -> Any:
             vocab_size=sizes["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
             eos_token_id=1, bos_token_id=None, initializer_range=0.2,
         )  # fmt: skip
-    configs = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma": GemmaConfig, "gemma2": Gemma2Config}
-    if architecture == "qwen2":
+    configs = {
+        "qwen2": Qwen2Config, "llama": LlamaConfig, "gemma": GemmaConfig, "gemma2": Gemma2Config,
+        "granite": GraniteConfig, "cohere": CohereConfig,
+    }  # fmt: skip
+    if architecture in ("qwen2", "granite", "cohere"):
         sizes.pop("head_dim")
+    if architecture == "granite":
+        sizes["logits_scaling"] = 3.0  # 1 by default, but not of the models that there are
     return configs[architecture](**sizes)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from transformers import AutoModelForCausalLM
 
 from sb3_safe import SAFE, environments
 from sb3_safe.language import LanguagePolicy, SegmentBuffer
@@ -56,6 +57,25 @@ def test_rollout_and_training_agree_on_log_probs_and_values(
             seen += len(log_prob)
         assert seen == model.n_steps * model.n_envs
         model.train()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_probabilities_are_those_of_the_model_itself(
+    architecture: str, checkpoints: dict[str, str], env_kwargs: dict[str, Any]
+) -> None:
+    """What was written has the probability that transformers' own forward pass gives it."""
+    model = text_model(env_kwargs | {"model": checkpoints[architecture]}, policy_kwargs={"temperature": 0.7})
+    lm = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
+    buffer = rollout(model)
+    for segment in buffer.segments[: buffer.n_envs]:  # the first of each environment
+        ends = [s.start for s in buffer.segments if s.env == segment.env and s.start > 0]
+        steps = slice(0, min(ends, default=buffer.buffer_size))
+        written = th.as_tensor(buffer.actions[steps, segment.env, 0]).long()
+        text = th.cat([th.as_tensor(segment.context), written])
+        with th.no_grad():
+            logits = lm(text[None]).logits[0, len(segment.context) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, written[:, None])[:, 0]
+        np.testing.assert_allclose(buffer.log_probs[steps, segment.env], expected, atol=1e-4)
 
 
 def test_first_ratios_are_one(env_kwargs: dict[str, Any]) -> None:

@@ -2,10 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch as th
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    MambaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from sb3_safe.language.loading import checkpoint_layers, load_language_model, model_size
 
@@ -49,6 +58,28 @@ def test_an_architecture_without_keys_and_values_is_refused(tmp_path: Path) -> N
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"MambaForCausalLM.* is not supported"):
         load_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [
+        # Does not see where positions begin anew: what is behind in a row would read what is before.
+        (OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=2,
+                   num_attention_heads=2, init_std=0.2), "packed into one row"),
+        # Its output layer is only the last of those between hidden states and logits.
+        (BertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                    is_decoder=True), "packed into one row"),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_would_get_other_probabilities_is_refused(config: Any, how: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is not supported: texts that are {how} get other probabilities"):
+        load_language_model(str(tmp_path))
+
+
+def test_attention_that_takes_no_masks_is_refused(checkpoints: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"attn_implementation='flex_attention'.*'sdpa', 'eager'"):
+        load_language_model(checkpoints["qwen2"], attn_implementation="flex_attention")
 
 
 def test_a_checkpoint_that_is_no_language_model_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Running a causal language model: hidden states, logits, and whether its architecture can be run so."""
+
+import inspect
+from typing import Any
+
+import torch as th
+from torch import Tensor
+
+from sb3_safe.language.slots import SlotCache, additive
+
+# Masks are given as tensors, which no other implementation of attention takes.
+ATTENTION = ("sdpa", "eager")
+# Tokens of a text of the check, and how far its logits may be off, as a share of their spread.
+PROBE_TOKENS = 4
+TOLERANCE = {True: 0.01, False: 0.3}  # in float32; in low precision, where rounding may also route to other experts
+
+
+def hidden_states(
+    lm: Any, ids: Tensor, mask: Any = None, slots: SlotCache | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """Last hidden states ``[b, q, h]``.
+
+    Without a mask rows are causal, which right-padding does not disturb, and where positions begin anew within a row,
+    so does attention.
+
+    :param lm: the language model.
+    :param ids: ``[b, q]``
+    :param mask: what :meth:`SlotCache.begin_decode` gives.
+    :param slots: where keys and values go.
+    :param positions: ``[b, q]``, of each token in its text; ``None``: each row is one text.
+    """
+    if positions is None:
+        positions = th.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if mask is not None and lm.config._attn_implementation == "eager":  # adds its mask to the scores
+        mask = additive(mask, lm.dtype)
+    output = lm.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=slots,
+        use_cache=slots is not None,
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def next_logits(lm: Any, hidden: Tensor) -> Tensor:
+    """Logits of the next token ``[..., V]`` in float32, as the model's own forward pass gives them.
+
+    :param lm: the language model.
+    :param hidden: ``[..., h]``
+    """
+    config = lm.config.get_text_config()
+    logits = lm.get_output_embeddings()(hidden).float()
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = cap * th.tanh(logits / cap)
+    return logits  # type: ignore[no-any-return]
+
+
+@th.no_grad()
+def check_architecture(lm: Any, model: str) -> None:
+    """Refuse a model that would not compute here what it computes on its own.
+
+    Its layers are run without the code around them, on texts packed into one row, and token by token with slots of
+    keys and values. An architecture that ignores where positions begin anew, or does something to its logits that is
+    not known here, would do so without an error, and learn from wrong probabilities. So two short texts go through it
+    both ways.
+
+    :param lm: the language model.
+    :param model: its name, for the message.
+    :raises ValueError: probabilities differ, or the architecture does not take what it is given.
+    """
+    config = lm.config.get_text_config()
+    kind = f"model={model!r} ({type(lm).__name__}) is not supported"
+    advice = "choose a transformer such as Qwen, Llama, Gemma, Mistral or GPT-2"
+    accepted = inspect.signature(lm.base_model.forward).parameters
+    missing = {"past_key_values", "position_ids", "use_cache"} - accepted.keys()
+    layers = set(getattr(config, "layer_types", None) or ())
+    if getattr(lm, "_is_stateful", False) or missing or layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{kind}: texts are written with a cache of keys and values and positions of their own, which this "
+            f"architecture does not take; {advice}"
+        )
+    if lm.config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"model_kwargs: attn_implementation={lm.config._attn_implementation!r} does not take the masks that texts "
+            f"are written with; use one of {', '.join(map(repr, ATTENTION))}"
+        )
+    first, last = config.vocab_size // 2, PROBE_TOKENS - 1
+    ids = (first + th.arange(2 * PROBE_TOKENS, device=lm.device)).view(2, -1) % config.vocab_size
+    positions = th.arange(PROBE_TOKENS, device=lm.device).expand_as(ids)
+    alone = lm(input_ids=ids, use_cache=False).logits.float()
+    packed = hidden_states(lm, ids.view(1, -1), positions=positions.reshape(1, -1)).view(*ids.shape, -1)
+    slots = SlotCache(config, 2, PROBE_TOKENS, lm.device)
+    slots.begin_prefill(th.arange(2, device=lm.device))
+    hidden_states(lm, ids[:, :last], None, slots)
+    mask = slots.begin_decode(positions[:, last], PROBE_TOKENS)
+    written = hidden_states(lm, ids[:, last:], mask, slots, positions[:, last:])
+    spread = (alone - alone.mean(dim=-1, keepdim=True))[:, last].norm()
+    for how, hidden in (("packed into one row", packed[:, last]), ("written token by token", written[:, 0])):
+        difference = (next_logits(lm, hidden) - alone[:, last]).norm()
+        if difference > TOLERANCE[lm.dtype == th.float32] * spread:
+            raise ValueError(
+                f"{kind}: texts that are {how} get other probabilities than from the model's own forward pass; {advice}"
+            )
