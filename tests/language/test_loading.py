@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
+    GPTNeoConfig,
     MambaConfig,
     OPTConfig,
     Qwen2Config,
@@ -53,10 +54,18 @@ def test_dropout_is_silent_even_in_training_mode(tmp_path: Path) -> None:
     assert th.equal(lm.train()(ids, use_cache=False).logits, quiet)
 
 
-def test_an_architecture_without_keys_and_values_is_refused(tmp_path: Path) -> None:
-    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2),
+        # Its local layers have masks of their own, in which all rows are at the same position.
+        GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2,
+                     attention_types=[[["global", "local"], 1]]),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_writes_otherwise_is_refused(config: Any, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"MambaForCausalLM.* is not supported"):
+    with pytest.raises(ValueError, match=r"ForCausalLM.* is not supported: texts are written with a cache"):
         load_language_model(str(tmp_path))
 
 
