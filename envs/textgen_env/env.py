@@ -173,7 +173,7 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             "policy": "LanguagePolicy",
             "policy_kwargs": {
                 "model": model,
-                "eos_token_id": vocabulary.eos_id,
+                "eos_token_id": list(vocabulary.end_ids),
                 "min_new_tokens": min_new_tokens,
                 "model_kwargs": dict(model_kwargs or {}),
             },

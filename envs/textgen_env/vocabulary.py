@@ -17,15 +17,13 @@ class Vocabulary(NamedTuple):
 
     :param tokenizer: the tokenizer; it may know fewer tokens than `size`, since embeddings are often padded.
     :param size: number of rows of the model's embedding, hence of actions.
-    :param eos_id: the tokenizer's end token.
-    :param end_ids: all tokens that end a text: the end token, and those at which the model's `generate` stops too.
+    :param end_ids: tokens that end a text: the tokenizer's end token, and those at which the model's `generate` stops.
     :param pad_id: the token that fills observations.
     :param context: the most positions that the model takes, None where its configuration does not say.
     """
 
     tokenizer: Any
     size: int
-    eos_id: int
     end_ids: tuple[int, ...]
     pad_id: int
     context: int | None
@@ -65,12 +63,10 @@ def load_vocabulary(
             f"vocabulary mismatch: tokenizer knows {len(tokenizer)} tokens but model={model!r} has embeddings "
             f"for {config.vocab_size}; pass the model's own tokenizer"
         )
-    eos_id = int(tokenizer.eos_token_id)
     return Vocabulary(
         tokenizer=tokenizer,
         size=int(config.vocab_size),
-        eos_id=eos_id,
-        end_ids=tuple(sorted({eos_id} | _generation_ends(model, model_kwargs))),
+        end_ids=tuple(sorted({int(tokenizer.eos_token_id)} | _generation_ends(model, model_kwargs))),
         pad_id=int(tokenizer.pad_token_id),
         context=getattr(config, "max_position_embeddings", None),
     )

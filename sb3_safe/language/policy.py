@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,8 +48,8 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     The heads read the hidden state of each position BEFORE its action. Their gradient stops there by default.
 
     :param model: name, folder or ``package:folder`` of the model.
-    :param eos_token_id: the end token; only needed with ``min_new_tokens``.
-    :param min_new_tokens: the end token has probability 0 before so many tokens were written.
+    :param eos_token_id: the end token, or several; only needed with ``min_new_tokens``.
+    :param min_new_tokens: end tokens have probability 0 before so many tokens were written.
     :param temperature: divides all logits, in rollout, training and reference alike.
     :param top_k: only so many tokens may be chosen; 0: all. See :class:`TokenDistribution`.
     :param top_p: only the most probable tokens that together have this probability may be chosen; 1: all.
@@ -82,7 +82,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
         model: str | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         min_new_tokens: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,

@@ -4,7 +4,7 @@ A vocabulary of 150,000 makes 600 kB of one token's distribution. So logits exis
 are computed again in the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ class TokenDistribution:
     :param temperature: divides all logits.
     :param top_k: only so many tokens may be chosen; 0: all.
     :param top_p: only the most probable tokens that together have this probability may be chosen; 1: all.
-    :param min_new_tokens: the end token has probability 0 before so many tokens were written.
-    :param eos_token_id: the end token.
+    :param min_new_tokens: end tokens have probability 0 before so many tokens were written.
+    :param eos_token_id: the end token, or several.
     :raises ValueError: an argument out of range.
     """
 
@@ -40,7 +40,7 @@ class TokenDistribution:
     top_k: int = 0
     top_p: float = 1.0
     min_new_tokens: int = 0
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -68,7 +68,8 @@ class TokenDistribution:
             logits = logits / self.temperature
         if self.min_new_tokens > 0:
             early = (new_tokens < self.min_new_tokens).unsqueeze(-1)
-            eos = th.arange(logits.shape[-1], device=logits.device) == self.eos_token_id
+            columns = th.arange(logits.shape[-1], device=logits.device)
+            eos = th.isin(columns, th.tensor(self.eos_token_id, device=logits.device))
             logits = logits.masked_fill(early & eos, SUPPRESSED)
         if not whole and (self.top_k > 0 or self.top_p < 1):
             logits = logits.masked_fill(self._excluded(logits.detach(), chosen), SUPPRESSED)

@@ -50,6 +50,15 @@ def test_what_is_left_is_the_most_probable_and_is_normalised(seed: int, top_k: i
         np.testing.assert_allclose(row[order[:kept]], expected[order[:kept]] / expected[order[:kept]].sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("ends", [3, [3], [1, 3]])
+def test_no_end_token_is_possible_before_the_minimum(ends: Any) -> None:
+    lm, new_tokens = OutputLayer(5), th.tensor([0, 1, 2])
+    actual = TokenDistribution(min_new_tokens=2, eos_token_id=ends).log_probs(lm, th.zeros(3, 5), new_tokens).exp()
+    expected = th.ones(3, 5)
+    expected[:2, ends] = 0
+    np.testing.assert_allclose(actual, expected / expected.sum(-1, keepdim=True), atol=1e-6)
+
+
 def test_the_token_that_was_chosen_always_stays() -> None:
     logits = th.tensor([[5.0, 4.0, -3.0]])
     assert log_probs(logits, top_k=2)[0, 2] < SUPPRESSED / 2

@@ -69,7 +69,7 @@ def test_metadata_tells_an_algorithm_which_model_writes_and_leaves_the_class_alo
     assert envs.metadata["policy"] == "LanguagePolicy"
     assert envs.metadata["policy_kwargs"] == {
         "model": "textgen_env:assets/lm",
-        "eos_token_id": EOS,
+        "eos_token_id": [EOS],
         "min_new_tokens": 2,
         "model_kwargs": {"dtype": "float32"},
     }

@@ -31,7 +31,7 @@ def test_a_checkpoint_gives_its_vocabulary_and_context(architecture: str, tmp_pa
     tokenizer = checkpoints.TOKENIZERS[architecture]()
     vocabulary = load_vocabulary(folder)
     assert (vocabulary.size, vocabulary.context) == (len(tokenizer), 256)
-    assert (vocabulary.eos_id, vocabulary.pad_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert vocabulary.pad_id == tokenizer.pad_token_id
     assert vocabulary.end_ids == (tokenizer.eos_token_id,)
 
 
@@ -46,7 +46,7 @@ def test_a_text_ends_at_every_token_at_which_the_models_generate_would(tmp_path:
     turn = checkpoints.gemma_tokenizer().convert_tokens_to_ids("<end_of_turn>")
     GenerationConfig(eos_token_id=[1, turn]).save_pretrained(folder)
     envs = TextGenVectorEnv(2, model=folder, reward_model=zero, prompts=[QUESTION], missing_eos_penalty=1.0)
-    assert envs.metadata["policy_kwargs"]["eos_token_id"] == 1
+    assert envs.metadata["policy_kwargs"]["eos_token_id"] == [1, turn]
     envs.reset(seed=0)
     _, rewards, terminations, _, infos = envs.step(np.array([turn, 100]))
     assert terminations.tolist() == [True, False]
