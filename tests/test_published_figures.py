@@ -86,6 +86,23 @@ def test_averages_over_all_stress_are_those_of_the_report() -> None:
     assert f"over all stress together its training average is {safe:.2f}, PPO's {ppo:.2f}." in SAID
 
 
+def test_what_is_said_of_acrobot_and_mountain_car_under_stress_is_in_the_results() -> None:
+    def both(setting: str, task: str, what: str) -> list[str]:
+        rows = CONTROL[setting]["tasks"][task]
+        return [f"{rows[algorithm][what][0]:.0f}" for algorithm in ("ppo", "safe")]
+
+    ends, averages = both("lr-x20", "MountainCar-v0", "final"), both("lr-x20", "Acrobot-v1", "average")
+    assert (
+        "PPO ends MountainCar at {}, SAFE at {}, and averages {} on Acrobot, SAFE {}.".format(*ends, *averages) in SAID
+    )
+    ends = both("reward-noise", "MountainCar-v0", "final")
+    assert "With reward noise SAFE ends MountainCar lower than PPO, at {1} and {0}.".format(*ends) in SAID
+    for setting in set(pages.STRESS) - {"lr-x20", "epochs-x4"}:
+        assert not CONTROL[setting]["tasks"]["MountainCar-v0"]["ppo"]["crashes"]
+        finals = [float(final) for task in ("Acrobot-v1", "MountainCar-v0") for final in both(setting, task, "final")]
+        assert min(finals) > -140
+
+
 def test_final_returns_of_early_stopping_under_stress_are_those_of_the_report() -> None:
     tasks = (("lr-x5", "Pendulum-v1"), ("lr-x20", "CartPole-v1"))
     pendulum, cartpole = (CONTROL[setting]["tasks"][task]["ppo-target-kl"]["final"][0] for setting, task in tasks)
