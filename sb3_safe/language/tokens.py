@@ -49,7 +49,7 @@ class TokenDistribution:
             raise ValueError(f"top_k must be at least 1, or 0 for all tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.min_new_tokens > 0 and self.eos_token_id is None:
+        if self.min_new_tokens > 0 and self.eos_token_id in (None, [], ()):
             raise ValueError("min_new_tokens needs eos_token_id")
 
     def log_probs(
@@ -69,7 +69,8 @@ class TokenDistribution:
         if self.min_new_tokens > 0:
             early = (new_tokens < self.min_new_tokens).unsqueeze(-1)
             columns = th.arange(logits.shape[-1], device=logits.device)
-            eos = th.isin(columns, th.tensor(self.eos_token_id, device=logits.device))
+            ends = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or ()
+            eos = th.stack([columns == token for token in ends]).any(dim=0)
             logits = logits.masked_fill(early & eos, SUPPRESSED)
         if not whole and (self.top_k > 0 or self.top_p < 1):
             logits = logits.masked_fill(self._excluded(logits.detach(), chosen), SUPPRESSED)

@@ -89,6 +89,7 @@ def test_writing_and_training_agree_under_restrictions(restriction: Any, env_kwa
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_new_tokens": 2}, "eos_token_id"),
+        ({"min_new_tokens": 2, "eos_token_id": []}, "eos_token_id"),
     ],
 )
 def test_bad_arguments_are_named(arguments: Any, said: str) -> None:
