@@ -9,9 +9,13 @@ import torch as th
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
+    FalconConfig,
     GPT2Config,
     GPTNeoConfig,
+    GptOssConfig,
     MambaConfig,
+    MixtralConfig,
     OPTConfig,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -64,26 +68,53 @@ def test_dropout_is_silent_even_in_training_mode(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_an_architecture_that_writes_otherwise_is_refused(config: Any, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ForCausalLM.* is not supported: texts are written with a cache"):
+    lm = AutoModelForCausalLM.from_config(config)
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{type(lm).__name__}.* is not supported: texts are written with a cache"):
         load_language_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("config", "how"),
+    "config",
     [
-        # Does not see where positions begin anew: what is behind in a row would read what is before.
-        (OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=2,
-                   num_attention_heads=2, init_std=0.2), "packed into one row"),
+        # The first three do not see where positions begin anew: what is behind in a row would read what is before.
+        OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=2,
+                  num_attention_heads=2, init_std=0.2),
+        FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                     initializer_range=0.2),
+        GptOssConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+                     initializer_range=0.2),
         # Its output layer is only the last of those between hidden states and logits.
-        (BertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                    is_decoder=True), "packed into one row"),
+        BertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                   is_decoder=True),
     ],
 )  # fmt: skip
-def test_an_architecture_that_would_get_other_probabilities_is_refused(config: Any, how: str, tmp_path: Path) -> None:
+def test_an_architecture_that_would_get_other_probabilities_is_refused(config: Any, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"is not supported: texts that are {how} get other probabilities"):
+    with pytest.raises(
+        ValueError, match="is not supported: texts that are packed into one row get other probabilities"
+    ):
         load_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=2, num_local_experts=4, initializer_range=0.2),
+        # Its values are of another size than its keys.
+        DeepseekV3Config(vocab_size=50, hidden_size=16, intermediate_size=16, moe_intermediate_size=16,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4,
+                         num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8,
+                         qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=10, first_k_dense_replace=1,
+                         initializer_range=0.2),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts_go_through(config: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for dtype in (th.float32, th.bfloat16):
+        assert load_language_model(str(tmp_path), dtype=dtype).dtype == dtype
 
 
 def test_attention_that_takes_no_masks_is_refused(checkpoints: dict[str, str]) -> None:
