@@ -22,6 +22,7 @@ class DecodeStep:
     :param body: gives hidden states ``[rows, 1, h]`` of tokens ``[rows, 1]``, mask, slots and positions ``[rows, 1]``.
     :param slots: keys and values of every row.
     :param graphs: whether to record.
+    :raises RuntimeError: in the first step, if the model cannot be recorded.
     """
 
     def __init__(self, body: Body, slots: SlotCache, graphs: bool) -> None:
@@ -62,6 +63,13 @@ class DecodeStep:
             for _ in range(WARM_UP_STEPS):
                 self._run(*self._inputs, capacity)
         th.cuda.current_stream().wait_stream(stream)
-        self._graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(self._graph):
-            self._hidden = self._run(*self._inputs, capacity)
+        graph = th.cuda.CUDAGraph()
+        try:
+            with th.cuda.graph(graph):
+                self._hidden = self._run(*self._inputs, capacity)
+        except RuntimeError as error:  # a mixture of experts, for instance, asks the processor where tokens go
+            raise RuntimeError(
+                "the step that writes a token cannot be recorded as a CUDA graph with this model; pass "
+                'policy_kwargs={"cuda_graphs": False}'
+            ) from error
+        self._graph = graph

@@ -1,6 +1,9 @@
 """Slots, sampling, suppression, heads, reference."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_safe import SAFE
 from sb3_safe.functional import categorical_kl
 from sb3_safe.language import SegmentBuffer
+from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
 
@@ -67,6 +71,38 @@ def test_a_step_of_fixed_shape_gives_what_one_of_the_right_width_gives(env_kwarg
             layer.keys[:, :, 6:] = layer.values[:, :, 6:] = 100.0
         whole = policy._decode(obs["input_ids"].gather(1, last[:, None]).squeeze(1), last, obs["input_ids"].shape[1])
     np.testing.assert_allclose(whole, expected, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_recorded_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's part of it is replaced: the first call succeeds in a plain stream, and fails while it is recorded."""
+    recording: list[object] = []
+
+    @contextlib.contextmanager
+    def graph(recorded: object) -> Iterator[None]:
+        recording.append(recorded)
+        yield
+
+    stream = MagicMock()
+    for name, value in {"Stream": stream, "current_stream": stream, "stream": MagicMock(), "CUDAGraph": object}.items():
+        monkeypatch.setattr(th.cuda, name, value)
+    monkeypatch.setattr(th.cuda, "graph", graph)
+
+    def body(tokens: th.Tensor, *_: Any) -> th.Tensor:
+        if recording:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return tokens.unsqueeze(-1).float()
+
+    slots = MagicMock(ids=MagicMock(device=th.device("cuda"), shape=(2, 8)))
+    step = DecodeStep(body, slots, graphs=True)
+    tokens = th.tensor([3, 4])
+    for _ in range(2):  # what failed once is not replayed the second time
+        recording.clear()
+        with pytest.raises(RuntimeError, match="cuda_graphs") as error, th.no_grad():
+            step(tokens, tokens, 8)
+        assert "stream is capturing" in str(error.value.__cause__)
+    with th.no_grad():
+        recording.clear()
+        assert DecodeStep(body, slots, graphs=False)(tokens, tokens, 8).tolist() == [[3.0], [4.0]]
 
 
 def test_samples_follow_the_probabilities_and_never_have_probability_zero() -> None:
