@@ -108,15 +108,14 @@ class Objective(NamedTuple):
     def _critic_error(self, samples: SafeSamples, values: Array) -> tuple[Array, Array]:
         """Mean over the critics ``[B]``, and the slope of the error of each ``[K, B]``."""
         returns = samples.returns.numpy()
-        error, slope = self._regression(values - returns)
-        if self.clip_range_vf is not None and samples.old_critic_values is not None:
+        if self.clip_range_vf is None or samples.old_critic_values is None:
+            error, slope = self._regression(values - returns)
+        else:
             old = samples.old_critic_values.numpy().T
             change = values - old
             within = np.minimum(np.maximum(change, -self.clip_range_vf), self.clip_range_vf)
-            clipped_error, clipped_slope = self._regression(old + within - returns)
-            larger = clipped_error > error
-            error = np.where(larger, clipped_error, error)
-            slope = np.where(larger, clipped_slope * (np.abs(change) <= self.clip_range_vf), slope)
+            error, slope = self._regression(old + within - returns)
+            slope = slope * (np.abs(change) <= self.clip_range_vf)
         return np.add.reduce(error) / len(values), slope
 
     def _regression(self, difference: Array) -> tuple[Array, Array]:

@@ -70,8 +70,9 @@ def critic_error(
 
     Regressing the soft-min instead would fit the aggregate to the return and so take the pessimism out again.
     The error is squared up to ``delta`` and linear beyond: ``2 huber_delta(e)``, which is ``e^2`` inside, so
-    that ``vf_coef`` means what it means in PPO. With a clip range the larger of the clipped and the unclipped
-    error counts (the published code adds them).
+    that ``vf_coef`` means what it means in PPO. With a clip range the error is that of the clipped value, as in
+    SB3's PPO (PPO's first implementation takes the larger of that and the unclipped error, the published code adds
+    them).
 
     :param values: ``[B, K]``
     :param returns: ``[B]``
@@ -82,18 +83,14 @@ def critic_error(
 
     See SAFE, section on the critic, https://arxiv.org/abs/2602.04651
     """
-    targets = returns.unsqueeze(-1).expand_as(values)
-    error = _regression_error(values, targets, delta)
     if clip_range is not None and old_values is not None:
-        clipped = old_values + th.clamp(values - old_values, -clip_range, clip_range)
-        error = th.max(error, _regression_error(clipped, targets, delta))
-    return error.mean(dim=-1)
-
-
-def _regression_error(values: Tensor, targets: Tensor, delta: float | None) -> Tensor:
+        values = old_values + th.clamp(values - old_values, -clip_range, clip_range)
+    targets = returns.unsqueeze(-1).expand_as(values)
     if delta is None:
-        return F.mse_loss(values, targets, reduction="none")
-    return 2.0 * F.huber_loss(values, targets, reduction="none", delta=delta)
+        error = F.mse_loss(values, targets, reduction="none")
+    else:
+        error = 2.0 * F.huber_loss(values, targets, reduction="none", delta=delta)
+    return error.mean(dim=-1)
 
 
 def k1(log_ratio: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ def steps_taken(model: Any) -> float:
         ),
         pytest.param("MlpPolicy", "CartPole-v1", {"target_kl": 1e-3, "learning_rate": 1e-2}, id="target_kl"),
         pytest.param("MlpPolicy", "CartPole-v1", {"clip_range_vf": 0.05, "clip_range": 0.1}, id="clip_range_vf"),
+        # Returns on both sides of the old values.
+        pytest.param("MlpPolicy", "Tiny-vector-box-v0", {"clip_range_vf": 0.05, "ent_coef": 0.01}, id="clipped_values"),
         pytest.param(
             "MlpPolicy", "CartPole-v1", {"normalize_advantage": False, "gae_lambda": 0.5}, id="raw_advantages"
         ),
