@@ -1,6 +1,7 @@
 """From an environment id or object to SB3's vector environment, and to the policy that fits it."""
 
 import importlib
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,8 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.utils import check_shape_equal
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_safe.vec_env import GymVecEnv
 
@@ -75,8 +77,46 @@ def advertised_policy_kwargs(env: VecEnv, policy: str) -> dict[str, Any]:
 
 
 def _metadata(env: VecEnv) -> dict[str, Any]:
-    metadata: dict[str, Any] = env.get_attr("metadata", indices=[0])[0]
-    return metadata
+    return attribute(env, "metadata") or {}
+
+
+def attribute(env: VecEnv, name: str) -> Any:
+    """An attribute of the first environment; ``None`` where it has none, or a vector environment does not tell."""
+    try:
+        return env.get_attr(name, indices=[0])[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def with_normalizer(env: VecEnv, normalizer: VecNormalize) -> VecEnv:
+    """Put a ``VecNormalize`` around an environment, or around the outermost of those within it that it was made for.
+
+    Wrappers around it may transpose images or stack frames, and be put there before the normaliser is known. Where
+    no observations have its shape, there is a warning, and the environment as it is.
+    """
+    level, outer = env, None
+    while not _has_shapes_of(level.observation_space, normalizer.observation_space):
+        if not isinstance(level, VecEnvWrapper):
+            warnings.warn(
+                "the saved model's VecNormalize fits no observations of this environment and is left out: wrap the "
+                "environment in one of your own",
+                stacklevel=3,
+            )
+            return env
+        level, outer = level.venv, level
+    normalizer.set_venv(level)
+    if outer is None:
+        return normalizer
+    outer.venv = normalizer  # type: ignore[attr-defined]
+    return env
+
+
+def _has_shapes_of(space: spaces.Space[Any], other: spaces.Space[Any]) -> bool:
+    try:
+        check_shape_equal(space, other)
+    except AssertionError:
+        return False
+    return True
 
 
 def wrap_native(env: Any) -> Any:

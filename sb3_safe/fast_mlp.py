@@ -46,7 +46,10 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: Activation(lambda z: np.maximum(z, 0, out=z), lambda y: y > 0),
 }
 
-GENERAL_PATH = ("evaluate", "get_distribution", "aggregate", "_latents", "_values", "_used_value", "_act", "_score")
+GENERAL_PATH = (
+    "evaluate", "get_distribution", "aggregate", "_latents", "_values", "_used_value", "_act", "_score",
+    "_get_action_dist_from_latent",
+)  # fmt: skip
 MAX_WEIGHTS = 1_000_000
 """Of all hidden layers. Beyond it products are large enough to be worth several threads, which torch's path has."""
 
@@ -223,6 +226,8 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
     if not policy.joint or not isinstance(bodies, ParallelMlp) or len(bodies.weights) == 0:
         return None
     if sum(weight.numel() for weight in bodies.weights) > MAX_WEIGHTS:
+        return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*bodies.modules(), head)):
         return None
     activations = {type(activation) for activation in bodies.activations}
     if not activations <= ACTIVATIONS.keys():

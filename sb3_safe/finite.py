@@ -6,12 +6,42 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch as th
 
 from sb3_safe.buffers import AnnotatedRollout
 
 
 class NonFiniteError(FloatingPointError):
     """A reward, loss or gradient is NaN or infinite. The model holds its last good parameters."""
+
+
+class LastGood:
+    """What numbers that are not finite spoil before they are noticed, besides the parameters that are trained.
+
+    Target critics and the scale of returns, statistics that a features extractor or a ``VecNormalize`` keeps, the
+    controller's averages: a single infinite reward would stay in them for good.
+
+    :param algorithm: a :class:`~sb3_safe.safe.SAFE`, before a rollout.
+    """
+
+    def __init__(self, algorithm: Any) -> None:
+        policy, normalizer = algorithm.policy, algorithm.get_vec_normalize_env()
+        targets = [parameter for name, parameter in policy.named_parameters() if name.startswith("target_")]
+        self._tensors = [(tensor, tensor.clone()) for tensor in (*policy.buffers(), *targets)]
+        holders = [algorithm.controller]
+        if normalizer is not None:
+            observed = getattr(normalizer, "obs_rms", {})
+            holders += [normalizer.ret_rms, *(observed.values() if isinstance(observed, dict) else [observed])]
+        # Their values are replaced, not changed.
+        self._values = [(holder, dict(vars(holder))) for holder in holders]
+
+    @th.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        for tensor, value in self._tensors:
+            tensor.copy_(value)
+        for holder, values in self._values:
+            vars(holder).update(values)
 
 
 def check_observations(observations: np.ndarray | Mapping[str, np.ndarray] | None, timesteps: int) -> None:

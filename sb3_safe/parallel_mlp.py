@@ -6,6 +6,12 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
+# What has no parameters and treats every number alike, whatever the axes around it.
+ELEMENTWISE = (
+    nn.Tanh, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
+    nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Identity,
+)  # fmt: skip
+
 
 class ParallelMlp(nn.Module):
     """N networks of one architecture as batched matrix products.
@@ -44,7 +50,7 @@ class ParallelMlp(nn.Module):
 
 
 class SerialMlp(nn.ModuleList):
-    """N networks evaluated one after the other: for activations with parameters of their own."""
+    """N networks evaluated one after the other: for layers that are not elementwise, or have parameters."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply every network to the same inputs.
@@ -57,8 +63,8 @@ class SerialMlp(nn.ModuleList):
 
 def side_by_side(networks: Sequence[nn.Sequential]) -> ParallelMlp | SerialMlp:
     """Networks of one architecture as one module, from ``[B, in]`` to ``[N, B, out]``."""
-    has_parameters = any(True for layer in networks[0] if not isinstance(layer, nn.Linear) for _ in layer.parameters())
-    return SerialMlp(networks) if has_parameters else ParallelMlp(networks)
+    plain = all(isinstance(layer, nn.Linear) or type(layer) in ELEMENTWISE for layer in networks[0])
+    return ParallelMlp(networks) if plain else SerialMlp(networks)
 
 
 def architecture(network: nn.Sequential) -> list[tuple[Any, ...]]:

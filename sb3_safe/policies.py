@@ -6,9 +6,9 @@ them, evaluated together with the actor as one batched product, and used through
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import torch as th
@@ -21,7 +21,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
@@ -56,14 +56,45 @@ class PessimisticCritics(nn.Module):
     return_scale: Tensor
     rollout_is_approximate: bool = False
     """Whether training computes other log-probabilities than acting does, which then replace those of the rollout."""
+    copies: ClassVar[Mapping[str, str]] = {}
+    """How the names of a copy's parameters begin, and those of what it is a copy of: reference and target critics."""
 
     @classmethod
-    def check_memory(cls, algorithm: Any) -> None:
-        """Refuse to be built where a run is known not to fit in memory; most policies are small and never do.
+    def check_algorithm(cls, algorithm: Any) -> None:
+        """Refuse to be built for an algorithm whose run is known to fail.
 
         :param algorithm: what will build the policy.
         :raises ValueError: the message names the arguments to change.
         """
+
+    def freeze_reference(self) -> None:
+        """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
+        raise NotImplementedError
+
+    def make_target_critics(self) -> None:
+        """Add lagging copies of the critics, which then supply the values that advantages are made of."""
+        raise NotImplementedError
+
+    def fitting_state(self, state_dict: Mapping[str, Any], strict: bool = True) -> Mapping[str, Any]:
+        """A saved state as this policy can load it, whichever of reference and target critics either of them has.
+
+        What was saved is made first. What was not is made of what is loaded.
+
+        :param strict: whether the state should be whole; what part of one leaves out stays as it is.
+        """
+        for beginning, make in (("reference.", self.freeze_reference), ("target_", self.make_target_critics)):
+            if _any_begins(state_dict, beginning) and not _any_begins(self.state_dict(), beginning):
+                make()
+        if not strict:
+            return state_dict
+        originals = {
+            name: original + name.removeprefix(copy)
+            for copy, original in self.copies.items()
+            for name in self.state_dict()
+            if name.startswith(copy) and name not in state_dict
+        }
+        copied = {name: state_dict[original] for name, original in originals.items() if original in state_dict}
+        return {**state_dict, **copied}
 
     def collecting(self, ended: Callable[[], np.ndarray | None]) -> AbstractContextManager[None]:
         """Entered while a rollout is collected, in which weights do not change; most policies make no use of it.
@@ -105,7 +136,9 @@ class PessimisticCritics(nn.Module):
 class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     """Actor with ``n_critics`` value networks, used through their soft-min.
 
-    With ``n_critics=1`` it is SB3's ``ActorCriticPolicy``: same initial parameters, same actions.
+    With ``n_critics=1`` it is SB3's ``ActorCriticPolicy``: same initial parameters, same actions. A subclass may
+    override what SB3's may, but for two: ``mlp_extractor`` is SB3's ``MlpExtractor``, of whose ``value_net`` the
+    further critics are made, and training calls :meth:`evaluate`, not ``evaluate_actions``.
 
     LayerNorm on the critics' input, which the paper puts on hidden states of a language model, is left out here:
     on the three numbers of a pendulum it would discard two of them.
@@ -113,9 +146,15 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     :param n_critics: number of value networks.
     :param soft_min_alpha: temperature of the soft-min, in running standard deviations of the return.
     :param kwargs: those of :class:`stable_baselines3.common.policies.ActorCriticPolicy`.
-    :raises ValueError: no critic, or a negative temperature.
+    :raises ValueError: no critic, a negative temperature, or a ``mlp_extractor`` of another class.
     """
 
+    copies: ClassVar[Mapping[str, str]] = {
+        "reference.": "",
+        "target_bodies.": "bodies.",
+        "target_weight": "value_weight",
+        "target_bias": "value_bias",
+    }
     optimizer: th.optim.Optimizer
     target_weight: Tensor
     target_bias: Tensor
@@ -140,6 +179,12 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         self._init_critics(**self._critic_arguments)
+        if type(self.mlp_extractor) is not MlpExtractor:
+            raise ValueError(
+                f"policy: mlp_extractor is a {type(self.mlp_extractor).__name__}, of which no further critics can be "
+                "made; use net_arch and activation_fn, put what is special into a features extractor, or override "
+                "evaluate, forward and predict_values as well"
+            )
         # SB3's own critic is the first; the others are drawn after it, so that one critic means SB3's parameters.
         extra = [self._make_critic() for _ in range(self.n_critics - 1)]
         actor = self.mlp_extractor.policy_net
@@ -153,6 +198,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         del self.mlp_extractor, self.value_net
 
         self._fast: FastMlp | None = None
+        self._distribution = self._known_distribution()
         self._takes_vectors = False
         self.reference: TwinCriticPolicy | None = None
         self.target_bodies: nn.Module | None = None
@@ -165,15 +211,11 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     def _make_critic(self) -> tuple[nn.Sequential, nn.Linear]:
         """Another value network, initialised as SB3 initialises its own."""
-        layers: list[nn.Module] = []
-        for layer in self.mlp_extractor.value_net:
-            fresh = (
-                nn.Linear(layer.in_features, layer.out_features)
-                if isinstance(layer, nn.Linear)
-                else self.activation_fn()
-            )
-            layers.append(fresh)
-        body, head = nn.Sequential(*layers), nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+        body = copy.deepcopy(self.mlp_extractor.value_net).cpu()  # where SB3 draws its own
+        for layer in body.modules():
+            if reset := getattr(layer, "reset_parameters", None):
+                reset()
+        head = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         if self.ortho_init:
             body.apply(lambda module: self.init_weights(module, gain=math.sqrt(2)))
             self.init_weights(head, gain=1)
@@ -269,12 +311,17 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     # Written out for the two common ones: building, validating and tearing down torch Distributions takes more
     # time than the networks do. The arithmetic and the random numbers are the same as theirs.
 
+    def _known_distribution(self) -> type[Distribution] | None:
+        """Which one is used; ``None``: what a subclass makes of it, nobody else can write out."""
+        own = type(self)._get_action_dist_from_latent is not ActorCriticPolicy._get_action_dist_from_latent
+        return None if own else type(self.action_dist)
+
     def _act(self, latent_pi: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-        if isinstance(self.action_dist, CategoricalDistribution):
+        if self._distribution is CategoricalDistribution:
             log_probs = th.log_softmax(self.action_net(latent_pi), dim=-1)
             choice = log_probs.argmax(-1, keepdim=True) if deterministic else th.multinomial(log_probs.exp(), 1)
             return choice.squeeze(-1), log_probs.gather(-1, choice).squeeze(-1)
-        if isinstance(self.action_dist, DiagGaussianDistribution):
+        if self._distribution is DiagGaussianDistribution:
             mean = self.action_net(latent_pi)
             actions = mean if deterministic else mean + self.log_std.exp() * th.randn_like(mean)
             return actions, _gaussian_log_prob(actions, mean, self.log_std)
@@ -283,11 +330,11 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         return actions, distribution.log_prob(actions)
 
     def _score(self, latent_pi: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
-        if isinstance(self.action_dist, CategoricalDistribution):
+        if self._distribution is CategoricalDistribution:
             log_probs = th.log_softmax(self.action_net(latent_pi), dim=-1)
             log_prob = log_probs.gather(-1, actions.long().reshape(-1, 1)).squeeze(-1)
             return log_prob, -(log_probs.exp() * log_probs).sum(-1)
-        if isinstance(self.action_dist, DiagGaussianDistribution):
+        if self._distribution is DiagGaussianDistribution:
             mean = self.action_net(latent_pi)
             entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).expand(len(mean))
             return _gaussian_log_prob(actions, mean, self.log_std), entropy
@@ -302,25 +349,23 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         if self.reference is not None:
             self.reference.train(False)
         # At each rollout and update, so that replaced and frozen modules are noticed.
+        self._distribution = self._known_distribution()
         self._fast = fast_path(self, TwinCriticPolicy)
         self._takes_vectors = (
             isinstance(self.observation_space, spaces.Box)
             and len(self.observation_space.shape) == 1
             and type(self.features_extractor) is FlattenExtractor
+            and not (self.features_extractor._forward_hooks or self.features_extractor._forward_pre_hooks)
             and type(self).extract_features is ActorCriticPolicy.extract_features
         )
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load parameters, for which the reference and the target critics that the saved policy had are made first."""
-        if self.reference is None and any(name.startswith("reference.") for name in state_dict):
-            self.freeze_reference()
-        if self.target_bodies is None and "target_weight" in state_dict:
-            self.make_target_critics()
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``; see :meth:`fitting_state`."""
+        return super().load_state_dict(self.fitting_state(state_dict, strict), strict, assign)
 
     def freeze_reference(self) -> None:
-        """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
+        """See :meth:`PessimisticCritics.freeze_reference`."""
         left_out = (self.optimizer, self.reference, self.target_bodies, self.target_weight, self.target_bias)
         memo: dict[int, Any] = dict.fromkeys(map(id, left_out))
         # Distributions keep tensors of the last forward pass, which have a gradient and cannot be copied deeply.
@@ -343,10 +388,14 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         return divergence.sum(-1) if divergence.dim() > 1 else divergence
 
     def make_target_critics(self) -> None:
-        """Add lagging copies of the critics, which then supply the values that advantages are made of."""
+        """See :meth:`PessimisticCritics.make_target_critics`."""
         self.target_bodies = copy.deepcopy(self.bodies).requires_grad_(False)
         self.register_buffer("target_weight", self.value_weight.detach().clone())
         self.register_buffer("target_bias", self.value_bias.detach().clone())
+
+    def drop_target_critics(self) -> None:
+        """The critics themselves supply the values again."""
+        self.target_bodies = self.target_weight = self.target_bias = None  # type: ignore[assignment]
 
     def update_target_critics(self, tau: float) -> None:
         """Move the target critics towards the critics by ``tau`` in (0, 1]."""
@@ -385,6 +434,10 @@ class TwinCriticMultiInputPolicy(TwinCriticPolicy):
             )
         kwargs.setdefault("features_extractor_class", CombinedExtractor)
         super().__init__(observation_space, *args, **kwargs)
+
+
+def _any_begins(names: Iterable[str], beginning: str) -> bool:
+    return any(name.startswith(beginning) for name in names)
 
 
 def _gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

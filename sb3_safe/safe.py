@@ -15,11 +15,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch import Tensor
 
 from sb3_safe import environments, functional
@@ -27,7 +28,7 @@ from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
 from sb3_safe.controller import KLController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
-from sb3_safe.finite import NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
+from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
     PessimisticCritics,
     TwinCriticCnnPolicy,
@@ -227,21 +228,17 @@ class SAFE(OnPolicyAlgorithm):
         self.huber_delta = huber_delta
         self.critic_tau = critic_tau
         self.kl_controller = kl_controller
-        self.kl_controller_kwargs = kl_controller_kwargs or {}
-        self.kl_reference: Reference = (
-            getattr(self.policy_class, "kl_reference", "rollout") if kl_reference == "auto" else kl_reference
-        )
-        if self.kl_reference not in ESTIMATORS:
-            raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {kl_reference!r}")
-        self.kl_estimator: Estimator = ESTIMATORS[self.kl_reference][0] if kl_estimator == "auto" else kl_estimator
-        self.max_preview_kl: float | None = (
-            MAX_PREVIEW_KL[self.kl_reference] if max_preview_kl == "auto" else max_preview_kl
-        )
+        self.kl_controller_kwargs: Any = kl_controller_kwargs
+        self.kl_reference: Any = kl_reference
+        self.kl_estimator: Any = kl_estimator
+        self.max_preview_kl: Any = max_preview_kl
         self.critic_warmup = critic_warmup
+        self._choose_automatic()
         # Made here, not in _setup_model: load() restores attributes between the two.
         self._make_controller()
         self.n_skipped_steps = 0
-        self._normalizer: VecNormalize | None = None
+        self._normalizer: VecNormalize | None = None  # of a loaded model, until there is an environment for it
+        self._last_good: LastGood | None = None
         self.measured_kl = 0.0
         self._any_lost = False  # in the rollout at hand: known once, so that no minibatch has to ask the device
         self._finished_returns: list[float] = []
@@ -263,16 +260,33 @@ class SAFE(OnPolicyAlgorithm):
             return LanguagePolicy
         return super()._get_policy_from_name(policy_name)
 
+    def _choose_automatic(self) -> None:
+        """Put values where ``"auto"`` or ``None`` was given, to the constructor or to load()."""
+        self.kl_controller_kwargs = self.kl_controller_kwargs or {}
+        if self.kl_reference == "auto":
+            self.kl_reference = getattr(self.policy_class, "kl_reference", "rollout")
+        if self.kl_reference not in ESTIMATORS:
+            raise ValueError(f"kl_reference must be 'initial', 'rollout' or 'auto', got {self.kl_reference!r}")
+        if self.kl_estimator == "auto":
+            self.kl_estimator = ESTIMATORS[self.kl_reference][0]
+        if self.max_preview_kl == "auto":
+            self.max_preview_kl = MAX_PREVIEW_KL[self.kl_reference]
+
     def _make_controller(self) -> None:
         n_envs = getattr(self, "n_envs", 1)  # load() builds this without one, and restores the controller after
         defaults = controller_defaults(self.kl_reference, max(1, self.n_steps * n_envs))
         self.controller = make_controller(self.kl_controller, defaults, **self.kl_controller_kwargs)
-        # A list, because that is what saving makes of a tuple.
-        self._controller_made_of = [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]
+        self._controller_made_of = self._controller_arguments()
+
+    def _controller_arguments(self) -> list[Any]:
+        # A class by its name: a file has what this list has in it in the form that it has the arguments in themselves.
+        name = getattr(self.kl_controller, "__qualname__", self.kl_controller)
+        return [name, self.kl_controller_kwargs, self.kl_reference]
 
     def _setup_model(self) -> None:
+        self._choose_automatic()
         self._check_arguments()
-        if self._controller_made_of != [self.kl_controller, self.kl_controller_kwargs, self.kl_reference]:
+        if self._controller_made_of != self._controller_arguments():
             self._make_controller()  # load() was asked for another one than was saved
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = getattr(self.policy_class, "rollout_buffer_class", None) or buffer_class_for(
@@ -296,10 +310,11 @@ class SAFE(OnPolicyAlgorithm):
 
         Called from ``_setup_model``, because ``load()`` sets attributes after the constructor.
         """
-        if not issubclass(self.policy_class, PessimisticCritics):
+        self._check_policy()
+        if self.rollout_buffer_class is not None and not issubclass(self.rollout_buffer_class, AnnotatedRollout):
             raise ValueError(
-                f"policy={self.policy_class.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one "
-                f"of {', '.join(self.policy_aliases)}"
+                f"rollout_buffer_class={self.rollout_buffer_class.__name__} is not an AnnotatedRollout: derive it from "
+                "a class of sb3_safe.buffers"
             )
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
@@ -315,7 +330,6 @@ class SAFE(OnPolicyAlgorithm):
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
-        self.policy_class.check_memory(self)
         if self.huber_delta is not None and not self.huber_delta > 0:
             raise ValueError(f"huber_delta must be positive, or None for the squared error, got {self.huber_delta}")
         if not 0 < self.critic_tau <= 1:
@@ -326,6 +340,21 @@ class SAFE(OnPolicyAlgorithm):
             raise ValueError(f"critic_warmup must be at least 0, got {self.critic_warmup}")
         if isinstance(self.clip_range_vf, float | int) and not self.clip_range_vf > 0:
             raise ValueError(f"clip_range_vf must be positive, or None for no clipping, got {self.clip_range_vf}")
+
+    def _check_policy(self) -> None:
+        policy, ancestors = self.policy_class, self.policy_class.__mro__
+        if not issubclass(policy, PessimisticCritics):
+            raise ValueError(
+                f"policy={policy.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one of "
+                f"{', '.join(self.policy_aliases)}"
+            )
+        first = {name: [name in vars(c) for c in ancestors].index(True) for name in ("evaluate", "evaluate_actions")}
+        if first["evaluate_actions"] < first["evaluate"]:
+            raise ValueError(
+                f"policy={policy.__name__} overrides evaluate_actions, which training does not call: override "
+                "evaluate, which tells the critics apart"
+            )
+        policy.check_algorithm(self)
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -348,23 +377,36 @@ class SAFE(OnPolicyAlgorithm):
         :param reset_num_timesteps: whether to count from 0 (else training goes on).
         :param progress_bar: shows one (needs the extra ``progress``).
         :raises NonFiniteError: a reward, loss or gradient is NaN or infinite. What was learned up to then is in the
-            model, and saved at the path that a note to the error names; so it is when an environment or a reward
-            function raises a ValueError, a RuntimeError or an ArithmeticError.
+            model, and saved at the path that a note to the error names; so it is when an environment, a reward
+            function or a callback raises anything else.
         """
         if total_timesteps is None:
             total_timesteps = self.n_timesteps or self._recommended_timesteps()
+        n_updates = self._n_updates
         try:
             return super().learn(
                 total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
             )
-        except (ArithmeticError, RuntimeError, ValueError) as error:
-            # Whether training broke down, or an environment or a reward function: what was learned is kept.
-            if self._n_updates > 0 or isinstance(error, NonFiniteError):
-                folder = Path(self.logger.get_dir() or tempfile.gettempdir())
-                rescue = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
-                self.save(rescue)
-                error.add_note(f"The last good parameters are in the model, and saved to {rescue}")
+        except BaseException as error:
+            self._last_obs = None  # environments may have stopped halfway through a step: next time they begin anew
+            broke_down = isinstance(error, NonFiniteError)
+            if broke_down and self._last_good is not None:
+                self._last_good.restore()
+            if broke_down or (isinstance(error, Exception) and self._n_updates > n_updates):
+                self._rescue(error)
             raise
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what was learned before an error goes up, and note on it where. Nothing may take the error's place."""
+        logger: Logger | None = getattr(self, "_logger", None)
+        folder = Path((logger and logger.get_dir()) or tempfile.gettempdir())
+        path = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
+        try:
+            self.save(path)
+        except Exception as failure:
+            error.add_note(f"The last good parameters are in the model; they could not be saved to {path}: {failure!r}")
+        else:
+            error.add_note(f"The last good parameters are in the model, and saved to {path}")
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar:  # one that shows more than SB3's
@@ -373,8 +415,8 @@ class SAFE(OnPolicyAlgorithm):
         return super()._init_callback(callback)
 
     def _recommended_timesteps(self) -> int:
-        specs = self.env.get_attr("spec", indices=[0]) if self.env is not None else [None]
-        return int(preset(specs[0].id if specs[0] is not None else "")["n_timesteps"])
+        spec = None if self.env is None else environments.attribute(self.env, "spec")
+        return int(preset("" if spec is None else spec.id)["n_timesteps"])
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -385,6 +427,7 @@ class SAFE(OnPolicyAlgorithm):
             return self._last_episode_starts if self.rollout_buffer.awaits_last_values else None
 
         self._finished_returns = []
+        self._last_good = LastGood(self)
         try:
             with self.policy.collecting(ended):
                 if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
@@ -702,25 +745,48 @@ class SAFE(OnPolicyAlgorithm):
         :param exclude: attributes to leave out besides the usual ones.
         :param include: attributes to save although they usually are not.
         """
-        self._normalizer = self._vec_normalize_env
+        waiting = self._normalizer
+        self._normalizer = self._vec_normalize_env or waiting
         super().save(path, exclude, include)
+        self._normalizer = waiting
 
     @classmethod
     def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
         """Load a saved model; see ``BaseAlgorithm.load``.
 
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
-        the policy would see numbers it has never seen in training.
+        the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
 
         :param path: what ``save`` was given.
         :param env: the environment to go on with; ``None`` to predict only.
         """
         model = super().load(path, env, *args, **kwargs)
-        normalizer = model._normalizer
-        if normalizer is not None and model.env is not None and model._vec_normalize_env is None:
-            normalizer.set_venv(model.env)
-            model.env = model._vec_normalize_env = normalizer
+        model._place_normalizer()
         return model
 
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """See ``BaseAlgorithm.set_env``, and :meth:`load`."""
+        super().set_env(env, force_reset)
+        self._place_normalizer()
+
+    def _place_normalizer(self) -> None:
+        if self._normalizer is None or self.env is None:
+            return
+        if self._vec_normalize_env is None:
+            self.env = environments.with_normalizer(self.env, self._normalizer)
+            self._vec_normalize_env = unwrap_vec_normalize(self.env)
+        self._normalizer = None
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """See ``BaseAlgorithm.set_parameters``. Target critics are kept where ``critic_tau`` moves them."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self.critic_tau == 1:
+            self.policy.drop_target_critics()
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_finished_returns"]
+        return [*super()._excluded_save_params(), "_finished_returns", "_last_good"]

@@ -72,6 +72,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     """
 
     kl_reference: ClassVar[str] = "initial"
+    copies: ClassVar[Mapping[str, str]] = {"reference.": "lm.", "target_heads.": "heads."}
     rollout_buffer_class: ClassVar[type[SegmentBuffer]] = SegmentBuffer
     optimizer: th.optim.Optimizer
     lm: Any
@@ -104,7 +105,8 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         super(PessimisticCritics, self).__init__(
             observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
-        _check(observation_space, model, critic_gradient, critic_max_grad_norm, use_sde)
+        _check_observations(observation_space)
+        _check(model, critic_gradient, critic_max_grad_norm, use_sde)
         assert model is not None
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -168,12 +170,13 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         self.optimizer = optimizer_class(groups, **self.optimizer_kwargs)
 
     @classmethod
-    def check_memory(cls, algorithm: Any) -> None:
-        """Refuse a large model that a run with it would not fit in memory; see :mod:`sb3_safe.language.plan`.
+    def check_algorithm(cls, algorithm: Any) -> None:
+        """Refuse other observations than texts, and a large model that a run with it would not fit in memory.
 
         :param algorithm: what will build the policy.
-        :raises ValueError: the message names the arguments to change.
+        :raises ValueError: the message names the arguments to change; see :mod:`sb3_safe.language.plan`.
         """
+        _check_observations(algorithm.observation_space)
         model, kwargs = algorithm.policy_kwargs.get("model"), algorithm.policy_kwargs.get("model_kwargs") or {}
         # A small model fits, and one with a device map is not on one device.
         if model is not None and "device_map" not in kwargs and model_size(model, **kwargs) >= LORA_FROM:
@@ -212,9 +215,10 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module.load_state_dict``, for what :meth:`state_dict` gives."""
+        """As ``nn.Module.load_state_dict``, for what :meth:`state_dict` gives; see :meth:`fitting_state`."""
         self._invalidate()
-        result = super().load_state_dict(state_dict, strict=strict and self.adapters is None, assign=assign)
+        fitting = self.fitting_state(state_dict, strict)
+        result = super().load_state_dict(fitting, strict=strict and self.adapters is None, assign=assign)
         frozen = self._frozen()
         missing = [name for name in result.missing_keys if name not in frozen]
         if strict and (missing or result.unexpected_keys):
@@ -398,19 +402,17 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         """Add lagging copies of the heads, which then supply the values that advantages are made of."""
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
 
+    def drop_target_critics(self) -> None:
+        """The heads themselves supply the values again."""
+        self.target_heads = None
+
     def update_target_critics(self, tau: float) -> None:
         """Move the target heads towards the heads by ``tau`` in (0, 1]."""
         if self.target_heads is not None:
             polyak_update(self.heads.parameters(), self.target_heads.parameters(), tau)
 
 
-def _check(
-    observation_space: spaces.Space[Any],
-    model: str | None,
-    critic_gradient: float,
-    critic_max_grad_norm: float,
-    use_sde: bool,
-) -> None:
+def _check_observations(observation_space: spaces.Space[Any]) -> None:
     if not isinstance(observation_space, spaces.Dict) or not {"input_ids", "length", "prompt_length"} <= set(
         observation_space.spaces
     ):
@@ -418,6 +420,9 @@ def _check(
             "policy='LanguagePolicy' needs observations Dict(input_ids, length, prompt_length) as TextGenEnv-v0 gives "
             f"them, got {observation_space}"
         )
+
+
+def _check(model: str | None, critic_gradient: float, critic_max_grad_norm: float, use_sde: bool) -> None:
     if model is None:
         raise ValueError("policy_kwargs: model is missing; an environment like TextGenEnv-v0 names it in its metadata")
     if not 0 <= critic_gradient <= 1:
