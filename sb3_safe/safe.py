@@ -770,7 +770,11 @@ class SAFE(OnPolicyAlgorithm):
         self._place_normalizer()
 
     def _place_normalizer(self) -> None:
-        if self._normalizer is None or self.env is None:
+        if self._normalizer is None:
+            return
+        if self.env is None:
+            # What SB3 leaves out of a file but expects to find when it writes the next one.
+            self._normalizer.class_attributes, self._normalizer.returns = {}, np.zeros(0)
             return
         if self._vec_normalize_env is None:
             self.env = environments.with_normalizer(self.env, self._normalizer)

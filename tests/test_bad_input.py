@@ -3,6 +3,7 @@
 import itertools
 import math
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.vector import SyncVectorEnv
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_safe import SAFE, FixedKL, NonFiniteError
+from sb3_safe import SAFE, FixedKL, NonFiniteError, TwinCriticPolicy
 from tests.tiny_envs import ACTIONS, PoisonedEnv, TinyEnv
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
@@ -190,8 +193,6 @@ def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
         NonFiniteError, match=rf"minibatches of the update.*first {named} of minibatch 3.*learning_rate"
     ) as caught:
         model.learn(64, reset_num_timesteps=False)
-    # The spread of returns is what the rollout showed; it is no parameter.
-    before["return_scale"] = model.policy.return_scale.clone()
     for name, tensor in model.policy.state_dict().items():
         assert th.equal(tensor, before[name]), name
     assert any("saved to" in note for note in caught.value.__notes__)
@@ -203,3 +204,91 @@ def test_a_minibatch_of_one_is_allowed_where_nothing_is_standardised() -> None:
     model = SAFE("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=1, n_epochs=1, normalize_advantage=False, seed=0)
     model.learn(8)
     assert model._n_updates == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
+@pytest.mark.parametrize(
+    "poison",
+    [
+        {"reward": math.nan},
+        {"reward": math.inf},
+        {"observation": math.nan},
+        {"reward": 1e25},  # finite, and its square is not
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_training_goes_on_from_the_rescue_file(tmp_path: Path, poison: dict[str, float], normalize: bool):
+    """Also with what is not a parameter: statistics, target critics, the controller's averages."""
+    env: Any = DummyVecEnv([lambda: TinyEnv(), lambda: PoisonedEnv(after=70, **poison)])
+    env = VecNormalize(env, clip_reward=np.inf) if normalize else env
+    model = SAFE("MlpPolicy", env, critic_tau=0.1, kl_reference="initial", **SMALL)
+    if normalize and poison.get("reward") == 1e25:
+        pytest.skip("is divided by its own size")
+    with pytest.raises(NonFiniteError) as caught:
+        model.learn(512)
+    assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
+    rescue = caught.value.__notes__[0].split(" saved to ")[1]
+    for again in (SAFE.load(rescue, env=make_vec_env("Tiny-vector-discrete-v0", 2)), model):
+        if again is model:
+            again.set_env(make_vec_env("Tiny-vector-discrete-v0", 2))
+        else:
+            assert (again.get_vec_normalize_env() is not None) == normalize
+        again.learn(128, reset_num_timesteps=False)
+        assert all(math.isfinite(value) for value in again.controller.metrics().values())
+        assert all(th.isfinite(tensor).all() for tensor in again.policy.state_dict().values())
+        assert float(again.policy.return_scale) < 1e3
+
+
+class Breaking(TinyEnv):
+    """Raises an error in its hundredth step, once."""
+
+    def step(self, action: Any) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 100:
+            raise ConnectionError("the simulator is down")
+        return super().step(action)
+
+
+def test_whatever_an_environment_raises_what_was_learned_is_saved_and_training_can_go_on(tmp_path: Path):
+    model = SAFE("MlpPolicy", DummyVecEnv([Breaking]), **SMALL)
+    with pytest.raises(ConnectionError, match="simulator") as caught:
+        model.learn(512)
+    assert SAFE.load(caught.value.__notes__[0].split(" saved to ")[1]).num_timesteps == model.num_timesteps
+    model.learn(64, reset_num_timesteps=False)  # from a reset on
+
+
+def test_a_model_that_cannot_be_saved_does_not_hide_the_error(tmp_path: Path):
+    model = SAFE("MlpPolicy", DummyVecEnv([Breaking]), **SMALL)
+    model.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(ConnectionError, match="simulator") as caught:
+        model.learn(512)
+    assert "could not be saved" in caught.value.__notes__[0]
+
+
+def test_an_error_before_anything_is_learned_is_left_alone(tmp_path: Path):
+    after_two_rollouts()[0].save(tmp_path / "model")
+    model = SAFE.load(tmp_path / "model", env=DummyVecEnv([TinyEnv]))
+    model.env.reset = lambda: (_ for _ in ()).throw(ConnectionError("the simulator is down"))  # type: ignore
+    with pytest.raises(ConnectionError, match="simulator") as caught:
+        model.learn(64)
+    assert not hasattr(caught.value, "__notes__")
+
+
+class OwnEvaluation(TwinCriticPolicy):
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        return super().evaluate_actions(obs, actions)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kwargs", "named"),
+    [
+        ("MlpPolicy", {"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class=RolloutBuffer"),
+        (OwnEvaluation, {}, "OwnEvaluation overrides evaluate_actions"),
+        ("LanguagePolicy", {}, "policy='LanguagePolicy' needs observations"),
+    ],
+    ids=["buffer", "evaluate_actions", "language"],
+)
+def test_a_class_that_does_not_fit_is_refused_at_once(policy: Any, kwargs: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named):
+        SAFE(policy, "CartPole-v1", **kwargs)

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
@@ -342,3 +343,107 @@ def test_a_saved_policy_loads_as_it_was(tmp_path: Path, with_extras: bool):
         np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-6)
     if with_extras:
         np.testing.assert_allclose(loaded.exact_kl(obs).detach(), policy.exact_kl(obs).detach(), atol=1e-6)
+
+
+# -- what a subclass may change ----------------------------------------------------------------------------------------
+
+
+class Masked:
+    """Never takes action 0."""
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        logits = self.action_net(latent_pi)  # type: ignore[attr-defined]
+        return self.action_dist.proba_distribution(logits - th.tensor([1e8, 0, 0]))  # type: ignore[attr-defined]
+
+
+class MaskedPolicy(Masked, TwinCriticPolicy):
+    pass
+
+
+def test_a_distribution_of_ones_own_is_used_everywhere():
+    policy = make(MaskedPolicy)
+    policy.set_training_mode(False)
+    obs = observations(number=200)
+    with th.no_grad():
+        taken = (policy(obs)[0], policy._predict(obs), policy.get_distribution(obs).sample())
+    assert all(not (actions == 0).any() for actions in taken)
+    allowed = th.cat([policy.evaluate(obs[:9], th.full((9,), float(action))).log_prob for action in (1, 2)])
+    np.testing.assert_allclose(allowed.detach().exp().reshape(2, 9).sum(0), 1, rtol=1e-5)
+
+
+class Squashed:
+    def _build(self, lr_schedule: Any) -> None:
+        self.action_dist = SquashedDiagGaussianDistribution(2)
+        super()._build(lr_schedule)  # type: ignore[misc]
+
+
+class SquashedPolicy(Squashed, TwinCriticPolicy):
+    pass
+
+
+class SquashedSB3(Squashed, ActorCriticPolicy):
+    pass
+
+
+def test_a_squashed_gaussian_is_not_taken_for_a_plain_one():
+    results = []
+    for kind, kwargs in ((SquashedPolicy, {"n_critics": 1}), (SquashedSB3, {})):
+        policy = make(kind, action_space=BOX, log_std_init=1.0, **kwargs)
+        policy.set_training_mode(False)
+        th.manual_seed(1)
+        with th.no_grad():
+            results.append([output.numpy() for output in policy(observations(number=50))])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(results[0][0]).max() <= 1
+
+
+class Normed(TwinCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.value_net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU())
+        self.mlp_extractor.latent_dim_vf = 8
+
+
+def test_further_critics_have_the_layers_of_the_first():
+    policy = make(Normed)
+    first, second = policy.bodies
+    assert [type(layer) for layer in first] == [type(layer) for layer in second]
+    assert not th.equal(first[0].weight, second[0].weight)
+    values = policy.evaluate(observations(), th.zeros(5)).values.detach()
+    assert values.shape == (5, 2)
+
+
+class OwnNetwork(nn.Module):
+    latent_dim_pi = latent_dim_vf = 3
+
+
+class OwnNetworkPolicy(TwinCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = OwnNetwork()
+
+
+def test_a_network_that_no_critics_can_be_made_of_is_refused():
+    with pytest.raises(ValueError, match=r"OwnNetwork.*net_arch"):
+        make(OwnNetworkPolicy)
+
+
+def test_hooks_are_called():
+    policy = make(TwinCriticPolicy)
+    calls: list[str] = []
+    policy.action_net.register_forward_hook(lambda *_: calls.append("actor"))
+    policy.features_extractor.register_forward_hook(lambda *_: calls.append("features"))
+    policy.set_training_mode(False)
+    with th.no_grad():
+        policy(observations())
+    assert sorted(calls) == ["actor", "features"]
+
+
+def test_an_activation_over_features_is_over_those_of_each_observation():
+    """Networks side by side have an axis more, which an activation over an axis would take for it."""
+    ours, theirs = (
+        make(kind, activation_fn=partial(nn.Softmax, dim=1), **kwargs)
+        for kind, kwargs in ((TwinCriticPolicy, {"n_critics": 1}), (ActorCriticPolicy, {}))
+    )
+    obs = observations()
+    np.testing.assert_allclose(ours.predict_values(obs).detach(), theirs.predict_values(obs).detach(), atol=1e-6)

@@ -3,11 +3,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_safe import SAFE, FixedKL, KLController
 from sb3_safe.controller import rollout_threshold
@@ -249,3 +250,117 @@ def test_parameters_can_be_set_in_place(kind: str):
     source, target = trained(**KINDS[kind]), trained(**(KINDS[kind] | {"seed": 9}))
     target.set_parameters(source.get_parameters())
     assert_same_state(source.policy.state_dict(), target.policy.state_dict())
+
+
+def test_without_critic_tau_target_critics_of_a_file_are_not_used(tmp_path: Path):
+    """They would never move again, and supply all values."""
+    model = trained(critic_tau=0.05)
+    model.save(tmp_path / "model")
+    for loaded in (SAFE.load(tmp_path / "model", env=model.env, critic_tau=1.0), trained()):
+        loaded.set_parameters(tmp_path / "model")
+        assert not any(name.startswith("target_") for name in loaded.policy.state_dict())
+        obs = th.zeros(1, 4)
+        value = loaded.policy.predict_values(obs)
+        loaded.learning_rate = 1e-2
+        loaded._setup_lr_schedule()
+        loaded.learn(64)
+        assert loaded.policy.predict_values(obs) != value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"critic_tau": 0.05},
+        {"kl_reference": "initial", "kl_estimator": "auto", "max_preview_kl": "auto"},
+        {"kl_reference": "auto", "kl_controller_kwargs": None},
+        {"kl_controller": "none"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("saved", ["default", "everything", "ppo"])
+def test_what_the_constructor_takes_can_be_replaced_on_loading(tmp_path: Path, saved: str, changes: dict[str, Any]):
+    """A reference or target critics that the file does not have are those of the policy as it was loaded."""
+    model = trained(**KINDS[saved])
+    model.save(tmp_path / "model")
+    if changes.get("kl_reference") == "auto" and saved == "everything":
+        changes = changes | {"kl_estimator": "auto"}
+    loaded = SAFE.load(tmp_path / "model", env=model.env, **changes)
+    obs, actions = th.randn(6, 4), th.zeros(6)
+    if changes.get("kl_reference") == "initial" and saved == "default":
+        expected = model.policy.evaluate(obs, actions).log_prob.detach()
+        np.testing.assert_allclose(loaded.policy.reference_log_prob(obs, actions), expected, atol=1e-6)
+        assert (loaded.kl_estimator, loaded.max_preview_kl) == ("k1", 0.02)
+    if "critic_tau" in changes and saved == "default":
+        with th.no_grad():
+            np.testing.assert_array_equal(loaded.policy.predict_values(obs), model.policy.predict_values(obs))
+    loaded.learn(32)
+
+
+def test_a_controller_keeps_its_state_whatever_a_file_makes_of_its_arguments(tmp_path: Path):
+    model = trained(kl_controller=Limited, kl_controller_kwargs={"limits": (0.1, 0.2)})
+    model.save(tmp_path / "model")
+    assert SAFE.load(tmp_path / "model").controller.rollouts == 3
+
+
+class Limited(Counting):
+    def __init__(self, limits: tuple[float, float]) -> None:
+        super().__init__()
+        self.limits = limits
+
+
+def images() -> VecEnv:
+    return make_vec_env("Tiny-image-discrete-v0", 2)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "plain"),
+    [
+        (lambda: VecNormalize(images(), norm_obs=False), images),
+        (lambda: VecFrameStack(VecNormalize(make_vec_env("Pendulum-v1", 2)), 2), lambda: VecFrameStack(pendulum(), 2)),
+    ],
+    ids=["transposed", "stacked"],
+)
+def test_statistics_find_their_place_below_other_wrappers(tmp_path: Path, wrapped: Any, plain: Any):
+    policy = "CnnPolicy" if plain is images else "MlpPolicy"
+    model = SAFE(policy, wrapped(), **SETTINGS).learn(64)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=plain())
+    restored, original = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
+    assert restored is not None and original is not None
+    assert restored.observation_space.shape == original.observation_space.shape
+    assert restored.ret_rms.var == original.ret_rms.var
+    assert loaded.env.observation_space == model.env.observation_space
+    loaded.learn(64)
+
+
+def pendulum() -> VecEnv:
+    return make_vec_env("Pendulum-v1", 2)
+
+
+def test_statistics_that_fit_nowhere_are_left_out_with_a_warning(tmp_path: Path):
+    model = SAFE("MlpPolicy", VecFrameStack(VecNormalize(pendulum()), 2), **SETTINGS)
+    model.save(tmp_path / "model")
+
+    class Six(gym.Env[Any, Any]):  # what two frames look like, without the wrapper that puts them together
+        observation_space, action_space = model.observation_space, model.action_space
+
+    with pytest.warns(UserWarning, match="VecNormalize"):
+        loaded = SAFE.load(tmp_path / "model", env=DummyVecEnv([Six]))
+    assert loaded.get_vec_normalize_env() is None
+
+
+def test_statistics_survive_a_model_without_environment_and_come_with_the_next(tmp_path: Path):
+    model = SAFE("MlpPolicy", VecNormalize(pendulum()), **SETTINGS).learn(64)
+    model.save(tmp_path / "model")
+    SAFE.load(tmp_path / "model").save(tmp_path / "again")
+    late = SAFE.load(tmp_path / "again")
+    late.n_envs = 2
+    late.set_env(pendulum())
+    for loaded in (SAFE.load(tmp_path / "again", env=pendulum()), late):
+        restored = loaded.get_vec_normalize_env()
+        np.testing.assert_array_equal(restored.obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
+        assert loaded.env is restored
+    assert model._normalizer is None
+    plain = pendulum()
+    model.set_env(plain)  # of a model that has had its own, only what it is told
+    assert model.env is plain
