@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_safe import SAFE
 from sb3_safe.functional import categorical_kl
-from sb3_safe.language import SegmentBuffer
+from sb3_safe.language import LanguagePolicy, SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
@@ -269,6 +269,60 @@ def test_a_reward_function_that_breaks_down_loses_nothing(env_kwargs: dict[str, 
     loaded = SAFE.load(rescue, device="cpu")
     for value, other in zip(model.policy.parameters(), loaded.policy.parameters(), strict=True):
         assert th.equal(value, other)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
+def test_training_goes_on_after_a_reward_function_was_interrupted(
+    error: type[BaseException], env_kwargs: dict[str, Any]
+) -> None:
+    """The texts that it was asked about are given up."""
+    score, calls = env_kwargs["reward_model"], []
+
+    def interrupted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(None)
+        if len(calls) == 20:
+            raise error
+        return score(prompts, completions, **columns)
+
+    model = text_model(env_kwargs | {"reward_model": interrupted})
+    with pytest.raises(error):
+        model.learn(13 * 6 * 20)
+    done = model.num_timesteps
+    model.learn(13 * 6 * 3, reset_num_timesteps=False)
+    assert model.num_timesteps >= done + 13 * 6 * 3
+    lengths = model._last_obs["length"] - model._last_obs["prompt_length"]
+    assert lengths.max() <= env_kwargs["max_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ({"critic_tau": 0.5}, {"critic_tau": 1.0}),
+        ({}, {"critic_tau": 0.5}),
+        ({}, {"kl_controller": "none"}),
+        ({"kl_controller": "none"}, {"kl_controller": "safe"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lora", [False, {"r": 4}], ids=["full", "lora"])
+def test_arguments_can_be_replaced_on_loading(
+    saved: dict[str, Any], loaded: dict[str, Any], lora: Any, env_kwargs: dict[str, Any], tmp_path: Any
+) -> None:
+    model = text_model(env_kwargs, policy_kwargs={"lora": lora}, **saved)
+    model.learn(13 * 6)
+    model.save(tmp_path / "model")
+    again = SAFE.load(tmp_path / "model", env=model.env, **loaded)
+    assert (again.policy.target_heads is not None) == (again.critic_tau < 1)
+    again.learn(13 * 6)
+
+
+def test_a_policy_alone_can_be_saved_and_loaded(env_kwargs: dict[str, Any], tmp_path: Any) -> None:
+    model = text_model(env_kwargs, critic_tau=0.5)
+    model.learn(13 * 6)
+    model.policy.save(tmp_path / "policy")
+    policy = LanguagePolicy.load(tmp_path / "policy")
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(policy.state_dict()[name], value), name
 
 
 # -- values after the last step ----------------------------------------------------------------------------------------
