@@ -117,6 +117,7 @@ METHODS: dict[str, Method] = {
     "ppo-target-kl": (SAFE, PPO | {"target_kl": 0.03}),
     "published": (PublishedSAFE, {"kl_controller": "none", "max_preview_kl": None}),
     **FAMILIES["ppo-kl"],
+    "ppo-kl-0.005": kl_in_reward("fixed", coef=0.005),  # beyond the edge, where the best coefficient is at it: sparse
     **FAMILIES["ppo-adaptive"],
     **{f"safe-price-{p:g}": safe_with(price=p, max_drift=None) for p in PRICES},
     **STRENGTHS,

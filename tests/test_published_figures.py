@@ -118,7 +118,7 @@ def test_what_is_said_of_the_layers_in_language_is_in_the_results() -> None:
                        ("constant", "paper"))  # fmt: skip
     assert f"(a constant threshold at {constant}, the paper's rule at {paper})" in SAID
     needless = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate", "safe-constant", "safe-paper")
-    assert max(abs(rows[name] - rows["safe"]) for rows in gold for name in needless) < 0.065
+    assert max(abs(rows[name] - rows["safe"]) for rows in gold for name in needless) < 0.075
     alone = ("only-penalty", "only-penalty-gate", "only-penalty-threshold", "only-preview")
     needed = ("safe-no-penalty", "safe-no-preview", *alone)
     highest = max(rows[name] for rows in gold for name in needed)
