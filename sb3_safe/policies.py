@@ -182,8 +182,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         if type(self.mlp_extractor) is not MlpExtractor:
             raise ValueError(
                 f"policy: mlp_extractor is a {type(self.mlp_extractor).__name__}, of which no further critics can be "
-                "made; use net_arch and activation_fn, put what is special into a features extractor, or override "
-                "evaluate, forward and predict_values as well"
+                "made; use net_arch and activation_fn, or put what is special into a features extractor"
             )
         # SB3's own critic is the first; the others are drawn after it, so that one critic means SB3's parameters.
         extra = [self._make_critic() for _ in range(self.n_critics - 1)]

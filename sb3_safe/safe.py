@@ -747,8 +747,10 @@ class SAFE(OnPolicyAlgorithm):
         """
         waiting = self._normalizer
         self._normalizer = self._vec_normalize_env or waiting
-        super().save(path, exclude, include)
-        self._normalizer = waiting
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self._normalizer = waiting
 
     @classmethod
     def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
