@@ -95,7 +95,7 @@ class StabilityCallback(BaseCallback):
     - ``kl`` to the reference policy, nats per action, and all metrics of the KL controller (``threshold``,
       ``kl_short``, ``gate``, ``entropy_floor``, ``phase``, ...)
     - of texts: ``stop_share``, the share that ended by the end token; ``distinct_2``; ``part/<name>``, the mean of each
-      part of the reward
+      part of the reward over the texts that have it
     - what ``extra`` returns
 
     A value that is missing or not finite is left out of its row. Logged are ``stability/crashes``, ``dispersion``,
@@ -202,8 +202,10 @@ def episode_columns(infos: Infos) -> dict[str, float]:
     if texts:
         columns["stop_share"] = float(np.mean([text["finish_reason"] == "stop" for text in texts]))
         columns["distinct_2"] = distinct_n([text["completion_ids"] for text in texts])
-        for name in texts[0].get("reward_parts", {}):
-            columns[f"part/{name}"] = float(np.mean([text["reward_parts"][name] for text in texts]))
+        parts = [text.get("reward_parts", {}) for text in texts]
+        # A reward function need not apply to every text.
+        for name in dict.fromkeys(name for of_text in parts for name in of_text):
+            columns[f"part/{name}"] = float(np.mean([of_text[name] for of_text in parts if name in of_text]))
     return columns
 
 

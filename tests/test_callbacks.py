@@ -149,6 +149,13 @@ def test_columns_of_texts_are_means_over_the_texts_that_ended() -> None:
     )
 
 
+def test_a_part_of_the_reward_is_averaged_over_the_texts_that_have_it() -> None:
+    text = {"episode": {"r": 1.0, "l": 1}, "completion_ids": [1], "finish_reason": "stop"}
+    parts = [{"a": 2.0}, {"b": 3.0}, {"a": 4.0, "b": 5.0}, {}]
+    columns = episode_columns([text | {"reward_parts": of_text} for of_text in parts])
+    assert (columns["part/a"], columns["part/b"]) == (3.0, 4.0)
+
+
 def test_an_algorithm_without_rollouts_is_refused() -> None:
     with pytest.raises(ValueError, match="DQN has none"):
         DQN("MlpPolicy", "CartPole-v1", learning_starts=0).learn(1, callback=StabilityCallback())
