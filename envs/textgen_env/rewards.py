@@ -9,7 +9,7 @@ completion is everything after the prompt, and one more argument, `turns`, lists
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain, count
 from typing import Any
 
@@ -51,7 +51,8 @@ class RewardSum:
         """Score a batch of finished texts, all arguments as reward functions get them.
 
         :return: weighted sums, [n], and for each text the unweighted values of the functions that apply to it.
-        :raises ValueError: a wrong number of values, a value that is not finite, or a text that no function scores.
+        :raises ValueError: a function that does not return a list with one value per text, a value that is not a finite
+            number, or a text that no function scores.
         """
         table = np.full((len(self._functions), len(completions)), np.nan)
         for row, (name, function) in zip(table, self._functions.items(), strict=True):
@@ -115,18 +116,34 @@ def make_reward(
     return RewardSum(functions, weights)
 
 
-def _checked(name: str, values: Sequence[float | None], completions: Sequence[Any]) -> list[float]:
+def _checked(name: str, values: Any, completions: Sequence[Any]) -> list[float]:
     """The values of one reward function as floats, NaN for None."""
+    if isinstance(values, np.ndarray | torch.Tensor):
+        values = values.reshape(-1).tolist()  # models give [n, 1]
+    # A mapping would give its keys for rewards, a set would give them in any order.
+    if not isinstance(values, Iterable) or isinstance(values, str | Mapping | Set):
+        raise ValueError(
+            f"reward function {name!r} returned {values!r:.100}; return a list with one number per completion, or "
+            "None in its place where the function does not apply"
+        )
     values = list(values)
     if len(values) != len(completions):
         raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
     for index, value in enumerate(values):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not _is_finite(value):
             raise ValueError(
-                f"reward function {name!r} returned {value} for completion {index} ({completions[index]!r}); "
+                f"reward function {name!r} returned {value!r} for completion {index} ({completions[index]!r}); "
                 "return a finite number, or None where it does not apply"
             )
     return [math.nan if value is None else float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether something is a number, and neither NaN nor infinite."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a tensor of several numbers is a RuntimeError
+        return False
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from textgen_env import TextGenVectorEnv
 from textgen_env.gold import gold_reward
 from textgen_env.rewards import RewardSum, make_reward
@@ -67,14 +68,39 @@ def test_none_means_not_applicable_but_every_text_needs_one_score() -> None:
         ([1.0], "'broken' returned 1 values for 2 completions"),
         ([1.0, float("nan")], r"'broken' returned nan for completion 1 \('second'\)"),
         ([float("inf"), 1.0], r"'broken' returned inf for completion 0 \('first'\)"),
+        ([1.0, "2.0"], r"'broken' returned '2.0' for completion 1 \('second'\); return a finite number"),
+        ([1.0, torch.ones(2)], r"'broken' returned tensor\(.*\) for completion 1"),
+        (np.ones((2, 3)), "'broken' returned 6 values for 2 completions"),
+        (None, "'broken' returned None; return a list with one number per completion"),
+        (1.0, "'broken' returned 1.0; return a list"),
+        ("ab", "'broken' returned 'ab'; return a list"),
+        ({0: 1.0, 1: 1.0}, "'broken' returned {0: 1.0, 1: 1.0}; return a list"),
     ],
 )
-def test_bad_values_name_the_function_and_the_completion(values: list[float], message: str) -> None:
-    def broken(**_: Any) -> list[float]:
+def test_bad_values_name_the_function_and_the_completion(values: Any, message: str) -> None:
+    def broken(**_: Any) -> Any:
         return values
 
     with pytest.raises(ValueError, match=message):
         total(RewardSum([broken]), ["", ""], ["first", "second"])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_an_async_function_is_refused() -> None:
+    async def late(**_: Any) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(ValueError, match=r"'late' returned <coroutine object .*; return a list"):
+        total(RewardSum([late]), [""], ["a"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.array([1, 2]), np.array([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]], requires_grad=True), (np.bool_(True), 2)],
+)
+def test_arrays_tensors_and_tuples_are_values_too(values: Any) -> None:
+    totals, _ = total(RewardSum([lambda **_: values]), ["", ""], ["a", "b"])
+    assert totals.tolist() == [1.0, 2.0]
 
 
 def test_functions_are_not_run_at_construction() -> None:
