@@ -32,14 +32,12 @@ class Dialogue:
     :param max_turns: turns of the policy, at least 2.
     :param max_reply_tokens: the most tokens that an answer may have, marks of the chat template included.
     :param tokenizer: the language model's.
-    :raises ValueError: numbers out of range.
+    :raises ValueError: too few turns for an answer.
     """
 
     def __init__(self, reply: Reply, max_turns: int, max_reply_tokens: int, tokenizer: Any) -> None:
         if max_turns < 2:
             raise ValueError(f"max_turns={max_turns} leaves no turn after a reply: pass at least 2, or reply=None")
-        if max_reply_tokens < 1:
-            raise ValueError(f"max_reply_tokens={max_reply_tokens} must be at least 1")
         self._reply = reply
         self.max_turns = max_turns
         self._max_reply_tokens = max_reply_tokens

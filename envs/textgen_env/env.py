@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import gymnasium
@@ -111,15 +112,22 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         model_kwargs: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
-            raise ValueError(
-                f"min_new_tokens={min_new_tokens} and max_new_tokens={max_new_tokens} must satisfy "
-                "0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1"
-            )
-        at_least_one = {"num_envs": num_envs, "n_samples": n_samples, "max_prompt_tokens": max_prompt_tokens}
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        counts = {
+            "num_envs": num_envs,
+            "max_prompt_tokens": max_prompt_tokens,
+            "n_samples": n_samples,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "max_turns": max_turns,
+            "max_reply_tokens": max_reply_tokens,
+            "reward_batch_size": reward_batch_size,
+        }
+        for name, value in counts.items():
+            least = 0 if name == "min_new_tokens" else 1
+            if value is not None and not (isinstance(value, Integral) and value >= least):
+                raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
+        if min_new_tokens > max_new_tokens:
+            raise ValueError(f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}")
         if reply is None and max_turns != 1:
             raise ValueError(f"max_turns={max_turns} needs reply=..., a function that answers between turns")
         vocabulary = load_vocabulary(model, tokenizer, pad_token, model_kwargs)
