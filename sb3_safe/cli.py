@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch as th
 
 from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, read_json_lines
+from sb3_safe.controller import PHASES
 from sb3_safe.presets import preset
 from sb3_safe.report import write_report
 
@@ -42,7 +43,8 @@ def _add_report(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> None:
     folders: list[Path] = options.folders
     samples_file = folders[0] / SAMPLES_FILE
-    samples = read_json_lines(samples_file) if len(folders) == 1 and samples_file.exists() else []
+    shows_texts = len(folders) == 1 and samples_file.exists()
+    samples = _read(samples_file, "SampleCallback", _is_sample) if shows_texts else []
     runs = {name: _read_rows(folder) for name, folder in zip(_names(folders), folders, strict=True)}
     print(write_report(runs, options.output, samples, title=" · ".join(runs)))
 
@@ -53,10 +55,32 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} is not a folder")
     if not path.exists():
         raise ValueError(f"{folder} has no {ROWS_FILE}; train with StabilityCallback({str(folder)!r})")
-    rows = read_json_lines(path)
+    rows = _read(path, "StabilityCallback", _is_row)
     if not rows:
         raise ValueError(f"{path} is empty: its run did not finish a rollout")
     return rows
+
+
+def _read(path: Path, writer: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
+    """The lines of a file, refused where they are not what its writer writes."""
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if not fits(row):
+            raise ValueError(f"{path}: line {number} was not written by {writer}")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+    return numbers and "timesteps" in row and 0 <= row.get("phase", 0) < len(PHASES)
+
+
+def _is_sample(sample: Any) -> bool:
+    return (
+        isinstance(sample, dict)
+        and {"prompt", "completion"} <= sample.keys()
+        and all(isinstance(sample.get(name), int | float) for name in ("timesteps", "reward"))
+    )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

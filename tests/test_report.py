@@ -143,3 +143,27 @@ def test_errors_of_the_command_name_the_folder_and_what_is_missing(
     (tmp_path / "stability.jsonl").touch()
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "stability.jsonl is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("stability.jsonl", '{"reward": 1.0}'),
+        ("stability.jsonl", "[1, 2]"),
+        ("stability.jsonl", '{"timesteps": 20.0, "reward": null}'),
+        ("stability.jsonl", '{"timesteps": 20.0, "phase": 7}'),
+        ("samples.jsonl", '{"timesteps": 0, "completion": "", "reward": 1.0}'),
+        ("samples.jsonl", '{"timesteps": 0, "prompt": "", "completion": "", "reward": "high"}'),
+    ],
+)
+def test_a_line_that_no_callback_wrote_is_named(
+    file: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path)
+    sample = {"timesteps": 0, "prompt": "Once", "completion": "", "reward": 1.5, "finish_reason": "stop"}
+    write_json_lines(tmp_path / "samples.jsonl", [sample] * 5)
+    with (tmp_path / file).open("a") as lines:
+        lines.write(f"{line}\n")
+    assert cli.main(["report", folder, "-o", str(tmp_path / "report.html")]) == 1
+    writer = {"stability.jsonl": "StabilityCallback", "samples.jsonl": "SampleCallback"}[file]
+    assert f"{tmp_path / file}: line 6 was not written by {writer}" in capsys.readouterr().err
