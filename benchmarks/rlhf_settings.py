@@ -144,7 +144,7 @@ def run_of(setting: str, task: str, method: str, seed: int, iterations: int | No
 def arguments_of(run: Run) -> dict[str, Any]:
     """Constructor arguments of a run: the preset's, the laboratory's smaller iteration, the method's own."""
     settings = preset(ENV_ID) | HYPERPARAMETERS
-    del settings["n_timesteps"]
+    del settings["n_timesteps"], settings["policy"]
     _, own = METHODS[run.algorithm]
     policy_kwargs = settings["policy_kwargs"] | own.get("policy_kwargs", {})
     rate = settings["learning_rate"] * SETTINGS[run.setting].rate

@@ -125,3 +125,16 @@ def test_train_and_enjoy_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = (tmp_path / "logs/safe/CartPole-v1_1/CartPole-v1/config.yml").read_text()
     assert "lin_0.001" in config
     assert zoo.main(["enjoy", *common, "-n", "50", "--no-render"]) == 0
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "CartPole-v0"])  # an entry, a normalised one, none
+def test_training_goes_on_from_a_saved_model(env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rl_zoo3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo"])
+    command = ["train", "--env", env_id, "-n", "64", "--eval-freq", "-1", "--verbose", "0", "--num-threads", "1"]
+    command += ["-params", "n_steps:32", "n_envs:2", "n_epochs:1", "batch_size:32"]
+    assert zoo.main(command) == 0
+    saved = tmp_path / f"logs/safe/{env_id}_1/{env_id}.zip"
+    assert zoo.main([*command, "-i", str(saved)]) == 0
+    assert (tmp_path / f"logs/safe/{env_id}_2/{env_id}.zip").exists()
