@@ -15,8 +15,20 @@ from torch import Tensor, nn
 from sb3_safe.language.loading import model_size
 
 # The paper's, for Qwen2.5-3B; of its layers "all-linear" are the usual seven projections.
-DEFAULTS: dict[str, Any] = {"r": 128, "lora_alpha": 128, "lora_dropout": 0.0, "target_modules": "all-linear"}
+DEFAULTS: dict[str, Any] = {
+    "r": 128, "lora_alpha": 128, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+}  # fmt: skip
 
+# Arguments of ``peft.LoraConfig`` that may be chosen freely. With others more would be trained than adapters, or these
+# could not be merged into the weights, or would not start at zero, where the model is the one that was loaded.
+CHOICES = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+STARTS = (True, "gaussian")
+
+# In a mixture of experts PEFT takes layers of these names for the experts, which are not layers but one tensor of all.
+EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 # Models from this size on get adapters unless the user says otherwise: weights, gradients, optimizer and reference of
 # full finetuning in single precision take 20 bytes a parameter.
@@ -29,14 +41,14 @@ class Adapters:
     :param lm: the model; its own weights are frozen, and its layers get adapters in place.
     :param arguments: of ``peft.LoraConfig``, over :data:`DEFAULTS`.
     :raises ImportError: PEFT is not installed.
-    :raises ValueError: arguments that do not fit the model, or dropout, which would make the probabilities of training
-        differ from those of writing.
+    :raises ValueError: arguments that do not fit the model; dropout, which would make the probabilities of training
+        differ from those of writing; or others than plain adapters on linear layers and embeddings.
     """
 
     def __init__(self, lm: Any, arguments: Mapping[str, Any]) -> None:
         try:
             from peft import LoraConfig
-            from peft.tuners.lora import LoraLayer
+            from peft.tuners.lora import Embedding, Linear, LoraLayer
         except ImportError as error:
             raise ImportError("lora needs the `peft` package: pip install 'sb3-safe[lora]', or lora=False") from error
         settings = DEFAULTS | dict(arguments)
@@ -45,15 +57,27 @@ class Adapters:
                 f"lora: lora_dropout must be 0, got {settings['lora_dropout']}: with dropout the probabilities of "
                 "training are not those of writing"
             )
-        output_layer = lm.get_output_embeddings()
+        _check_plain(settings, LoraConfig(task_type="CAUSAL_LM"))
+        if settings["target_modules"] == "all-linear":
+            settings["target_modules"] = _linear_layers(lm)
+        output_weight = lm.get_output_embeddings().weight
         try:
-            lm.add_adapter(LoraConfig(task_type="CAUSAL_LM", **settings))
+            lm.add_adapter(LoraConfig(**settings))
         except (TypeError, ValueError) as error:
             raise ValueError(f"lora={dict(arguments)} does not fit the model: {error}") from error
-        if lm.get_output_embeddings() is not output_layer:
-            raise ValueError("lora: leave the output layer out of target_modules; the reference shares it")
         self._lm = lm
-        self._layers: list[Any] = [module for module in lm.modules() if isinstance(module, LoraLayer)]
+        layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, LoraLayer)}
+        if special := [name for name, layer in layers.items() if type(layer) not in (Linear, Embedding)]:
+            raise ValueError(
+                f"lora: adapters on {special[0]} cannot be merged into its weights: name only plain linear layers in "
+                f"target_modules, and in a mixture of experts none of {', '.join(sorted(EXPERTS))}"
+            )
+        self._layers: list[Any] = list(layers.values())
+        if any(weight is output_weight for _, weight in self._weights()):
+            raise ValueError(
+                "lora: leave the output layer out of target_modules, and embeddings that share its weights; the "
+                "reference shares it"
+            )
         for name, parameter in lm.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
@@ -124,6 +148,33 @@ class Adapters:
         if not was_merged:
             self.unmerge()
         return state
+
+
+def _check_plain(settings: Mapping[str, Any], plain: Any) -> None:
+    """Refuse arguments of ``peft.LoraConfig`` by which adapters are not plain ones.
+
+    :param plain: a ``LoraConfig`` of such.
+    """
+    for name, value in settings.items():
+        allowed = STARTS if name == "init_lora_weights" else (getattr(plain, name, value),)
+        if name not in CHOICES and value not in allowed:
+            raise ValueError(
+                f"lora: leave out {name}={value!r}: all that is trained must be plain adapters, which start at zero, "
+                "where the model is its own reference, and which can be merged into the weights"
+            )
+
+
+def _linear_layers(lm: Any) -> Any:
+    """What "all-linear" means for a model: in a mixture of experts, without the experts and layers named like them."""
+    if not any(parameter.ndim == 3 for parameter in lm.parameters()):  # weights of all experts in one
+        return "all-linear"
+    return [
+        name
+        for name, layer in lm.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer is not lm.get_output_embeddings()
+        and name.rpartition(".")[2] not in EXPERTS
+    ]
 
 
 def lora_arguments(

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch as th
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Qwen3MoeConfig
 
 from sb3_safe import SAFE
 from sb3_safe.language import adapters as adapters_module
 
+from .conftest import VOCAB_SIZE, make_config
 from .test_agreement import rollout, text_model
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
@@ -45,8 +46,9 @@ def test_only_adapters_and_heads_change(
     assert any(not th.equal(now[name], value) for name, value in lora.items())
 
 
-def test_merged_weights_write_what_the_adapters_say(env_kwargs: dict[str, Any]) -> None:
-    model = adapted(env_kwargs).learn(13 * 6 * 4)
+@pytest.mark.parametrize("lora", [LORA, LORA | {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_merged_weights_write_what_the_adapters_say(lora: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
+    model = adapted(env_kwargs, policy_kwargs={"lora": lora}).learn(13 * 6 * 4)
     buffer = rollout(model)
     model.predict(model._last_obs)
     assert model.policy.adapters.merged
@@ -194,6 +196,41 @@ def test_what_is_exported_writes_the_same_tokens_elsewhere(
     assert written == greedy(model, ids, len(written) - len(ids))
 
 
+def moe_config(kind: str) -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "moe_intermediate_size": 16, "num_experts_per_tok": 2, "initializer_range": 0.2,
+    }  # fmt: skip
+    if kind == "qwen3":
+        return Qwen3MoeConfig(**sizes, intermediate_size=32, num_key_value_heads=2, head_dim=8, num_experts=4)
+    # Beside its experts it has layers of their names, whose adapters PEFT would put on the experts.
+    return DeepseekV3Config(
+        **sizes, intermediate_size=32, num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "deepseek"])
+def test_mixtures_of_experts_are_trained_through_their_other_layers(
+    kind: str, env_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(moe_config(kind)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(env_kwargs["model"]).save_pretrained(tmp_path)
+    model = adapted(env_kwargs | {"model": str(tmp_path)}, policy_kwargs={"lora": True}).learn(13 * 6)
+    trained = {name for name, value in model.policy.lm.named_parameters() if value.requires_grad}
+    assert trained
+    assert all(".self_attn." in name and ".lora_" in name for name in trained)
+    model.policy.export(tmp_path / "adapter")
+    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter")
+    model.policy.adapters.unmerge()
+    ids = th.arange(10)[None]
+    np.testing.assert_allclose(exported(ids).logits.detach(), model.policy.lm(ids).logits.detach(), atol=1e-4)
+    with pytest.raises(ValueError, match=r"mlp\.experts cannot be merged.*none of down_proj"):
+        adapted(
+            env_kwargs | {"model": str(tmp_path)}, policy_kwargs={"lora": {"target_modules": ["q_proj", "down_proj"]}}
+        )
+
+
 def test_large_models_get_adapters_unless_the_user_says_otherwise(
     env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,11 +248,33 @@ def test_large_models_get_adapters_unless_the_user_says_otherwise(
         ({"rank": 4}, "does not fit"),
         ({"target_modules": ["no_such_layer"]}, "does not fit"),
         ({"target_modules": ["q_proj", "lm_head"]}, "output layer"),
+        ({"use_dora": True}, "leave out use_dora"),
+        ({"lora_bias": True}, "leave out lora_bias"),
+        ({"bias": "all"}, "leave out bias"),
+        ({"modules_to_save": ["norm"]}, "leave out modules_to_save"),
+        ({"trainable_token_indices": [5]}, "leave out trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "leave out init_lora_weights"),
+        ({"init_lora_weights": False}, "leave out init_lora_weights"),
+        ({"task_type": "SEQ_CLS"}, "leave out task_type"),
     ],
 )
 def test_bad_arguments_are_named(lora: Any, said: str, env_kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=said):
         text_model(env_kwargs, policy_kwargs={"lora": lora})
+
+
+def test_arguments_that_change_nothing_go_through(env_kwargs: dict[str, Any]) -> None:
+    """As configurations for other trainers name them."""
+    lora = {"r": 4, "task_type": "CAUSAL_LM", "bias": "none", "init_lora_weights": True, "modules_to_save": None}
+    assert text_model(env_kwargs, policy_kwargs={"lora": lora}).policy.adapters is not None
+
+
+def test_embeddings_that_are_the_output_layer_get_no_adapters(env_kwargs: dict[str, Any], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(make_config("qwen2", tie_word_embeddings=True)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(env_kwargs["model"]).save_pretrained(tmp_path)
+    lora = {"target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(ValueError, match=r"leave the output layer.*and embeddings that share its weights"):
+        text_model(env_kwargs | {"model": str(tmp_path)}, policy_kwargs={"lora": lora})
 
 
 def test_missing_peft_is_said_with_the_fix(env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
