@@ -12,7 +12,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from sb3_safe.stability import distinct_n, stability_metrics
 
@@ -225,6 +226,8 @@ def write_texts(
     :param deterministic: whether each token is the likeliest one instead of a sampled one.
     :return: the infos of the episodes, in the order of rows. ``terminal_observation`` holds the whole text's ids.
     """
+    if not all(env.env_is_wrapped(Monitor)):
+        env = VecMonitor(env)  # for ``episode`` in the infos
     texts: dict[int, dict[str, Any]] = {}
     with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         th.manual_seed(seed)

@@ -129,7 +129,7 @@ class SampleCallback(BaseCallback):
                 "timesteps": steps,
                 "prompt": text["prompt"],
                 "completion": text["completion"],
-                "reward": text["episode"]["r"],
+                "reward": float(text["episode"]["r"]),  # VecMonitor's numbers are not JSON
                 "finish_reason": text["finish_reason"],
             }
             for text in texts[: self.n_shown]

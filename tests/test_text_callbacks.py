@@ -9,6 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_safe import SAFE, GymVecEnv, ProgressCallback, SampleCallback, StabilityCallback, environments
 from sb3_safe.callbacks import read_json_lines, write_texts
@@ -148,9 +149,19 @@ def test_sampled_texts_depend_on_the_seed_alone_and_likeliest_ones_not_on_it() -
     assert completions(5, True) == completions(6, True)
 
 
-def test_single_text_environments_side_by_side_get_the_prompts_too() -> None:
-    texts = write_texts(text_model(), make_vec_env("TextGenEnv-v0", 2, env_kwargs=TEXTS), PROMPTS)
-    assert [text["prompt"] for text in texts] == PROMPTS
+@pytest.mark.parametrize("monitored", [True, False])
+def test_single_text_environments_side_by_side_give_the_same_samples(monitored: bool, tmp_path: Path) -> None:
+    def make() -> gym.Env[Any, Any]:
+        return gym.make("TextGenEnv-v0", **TEXTS)
+
+    envs = [text_env(2), make_vec_env(make, 2) if monitored else DummyVecEnv([make, make])]
+    for name, env in zip("ab", envs, strict=True):
+        model = text_model()
+        model.learn(16, callback=SampleCallback(env, PROMPTS, folder=tmp_path / name))
+    native, single = (read_json_lines(tmp_path / name / "samples.jsonl") for name in "ab")
+    assert [sample["prompt"] for sample in single] == PROMPTS * 2
+    for one, other in zip(native, single, strict=True):
+        assert one == other | {"reward": pytest.approx(other["reward"], abs=1e-6)}
 
 
 # -- the best model ----------------------------------------------------------------------------------------------------

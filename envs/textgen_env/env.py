@@ -267,7 +267,8 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
         self.tokenizer = self._vector.tokenizer
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
-        self.metadata = {key: value for key, value in self._vector.metadata.items() if key != "autoreset_mode"}
+        of_vector = ("autoreset_mode", "reports_episodes")
+        self.metadata = {key: value for key, value in self._vector.metadata.items() if key not in of_vector}
         self._ended = False
 
     def reset(
@@ -296,6 +297,8 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
         finished, rewards, episodes = self._vector._advance(np.array([action]))
         self._ended = bool(finished.size)
         info = episodes[0] if episodes else {}
+        # Wrappers of single environments write this, and gymnasium's only where it is not there yet.
+        info.pop("episode", None)
         return _first_row(self._vector._rows.observe()), float(rewards[0]), self._ended, False, info
 
     def render(self) -> str | None:

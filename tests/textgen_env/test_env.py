@@ -13,7 +13,9 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import RecordEpisodeStatistics
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.monitor import Monitor
 from textgen_env import TextGenEnv, TextGenVectorEnv
 
 EOS, WORD = 1, 300
@@ -75,6 +77,7 @@ def test_metadata_tells_an_algorithm_which_model_writes_and_leaves_the_class_alo
     }
     assert "policy" not in TextGenVectorEnv.metadata
     assert single_env().metadata["policy"] == "LanguagePolicy"
+    assert "reports_episodes" not in single_env().metadata
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -90,8 +93,16 @@ def test_score_lands_on_the_last_real_token(tokens: int) -> None:
     assert observation["length"][0] == start["length"][0] + tokens
     assert observation["prompt_length"] == start["length"]
     assert info["completion_ids"] == actions
-    assert info["episode"]["l"] == tokens
-    assert info["episode"]["r"] == steps[-1][1]
+
+
+@pytest.mark.parametrize("wrapper", [RecordEpisodeStatistics, Monitor])
+def test_episode_statistics_of_a_single_env_are_those_of_its_wrapper(wrapper: Any) -> None:
+    env = wrapper(gymnasium.make("TextGenEnv-v0", reward_model=length_reward, max_new_tokens=5))
+    env.reset(seed=0)
+    env.step(np.int64(WORD))
+    _, reward, _, _, info = env.step(np.int64(EOS))
+    assert (info["episode"]["r"], info["episode"]["l"]) == (reward, 2)
+    assert info["finish_reason"] == "stop"
 
 
 def test_text_ends_after_max_new_tokens_and_a_missing_eos_costs_the_penalty() -> None:
@@ -116,7 +127,7 @@ def test_episode_info_holds_prompt_and_completion_without_special_tokens(tokeniz
         env.step(np.int64(token))
     *_, info = env.step(np.int64(EOS))
     assert (info["prompt"], info["completion"]) == ("Review of a hotel: The room", " was great.")
-    assert set(info) == {"episode", "prompt", "completion", "reward_parts", "finish_reason", "completion_ids"}
+    assert set(info) == {"prompt", "completion", "reward_parts", "finish_reason", "completion_ids"}
 
 
 def test_vector_env_equals_single_envs_given_the_same_prompts_and_actions() -> None:
@@ -146,7 +157,8 @@ def test_vector_env_equals_single_envs_given_the_same_prompts_and_actions() -> N
                 final = infos["final_info"]
                 assert final["completion"][row] == info["completion"]
                 assert final["completion_ids"][row] == info["completion_ids"]
-                assert final["episode"]["r"][row] == info["episode"]["r"]
+                assert final["episode"]["r"][row] == reward
+                assert final["episode"]["l"][row] == len(info["completion_ids"])
 
 
 def test_a_row_that_ends_starts_its_next_prompt_in_the_same_step() -> None:

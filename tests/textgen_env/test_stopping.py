@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from stable_baselines3.common.monitor import Monitor
 from textgen_env import TextGenEnv, TextGenVectorEnv
 
 from tests.textgen_env import checkpoints
@@ -17,7 +18,7 @@ def zero(completions: list[Any], **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def write(env: TextGenEnv, ids: list[int]) -> tuple[int, dict[str, Any]]:
+def write(env: Any, ids: list[int]) -> tuple[int, dict[str, Any]]:
     """Write tokens until the text ends: how many there were, and its info."""
     for number, token in enumerate(ids, 1):
         _, _, terminated, _, info = env.step(np.int64(token))
@@ -27,7 +28,7 @@ def write(env: TextGenEnv, ids: list[int]) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_text_ends_with_the_token_that_completes_the_string_which_stays_in_the_ids_alone(tokenizer: Any) -> None:
-    env = TextGenEnv(stop_strings=[STOP], missing_eos_penalty=1.0, reward_model=zero)
+    env = Monitor(TextGenEnv(stop_strings=[STOP], missing_eos_penalty=1.0, reward_model=zero))
     env.reset(options={"prompt": "Hotel review: The room"})
     ids = tokenizer(" was good" + STOP)["input_ids"]
     assert len(ids) > 5
