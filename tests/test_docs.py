@@ -5,16 +5,19 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_safe import SAFE, GymVecEnv, SampleCallback, StabilityCallback
+from sb3_safe import SAFE, GymVecEnv, NonFiniteError, SampleCallback, StabilityCallback
+from sb3_safe.finite import check_observations, check_rollout
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -167,6 +170,17 @@ def test_every_argument_of_its_own_is_explained_to_users_of_ppo() -> None:
     own = set(inspect.signature(SAFE.__init__).parameters) - set(inspect.signature(PPO.__init__).parameters)
     text = PAGES["docs/from-ppo.md"].read_text(encoding="utf-8")
     assert own <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_whatever_number_is_not_finite_is_in_the_table_of_errors() -> None:
+    good, bad = np.zeros((1, 1)), np.full((1, 1), np.nan)
+    rollouts: Any = [SimpleNamespace(values=bad, rewards=good), SimpleNamespace(values=good, rewards=bad)]
+    checks = [partial(check_observations, {"...": bad}), *(partial(check_rollout, rollout) for rollout in rollouts)]
+    for check in checks:
+        with pytest.raises(NonFiniteError) as caught:
+            check(1)
+        begin, _, _ = str(caught.value).partition(" 0 ")
+        assert f"| `{begin} ...` |" in PAGES["docs/errors.md"].read_text(encoding="utf-8")
 
 
 def test_every_test_named_in_the_docs_exists() -> None:
