@@ -194,7 +194,8 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
 
         :param seed: the same seed gives the same prompts, now and in the steps that follow.
         :param options: `{"prompts": [...]}` gives the prompts of this reset, one per row.
-        :raises ValueError: another number of prompts than rows, or one that the constructor would refuse.
+        :raises ValueError: options without prompts, another number of prompts than rows, or one that the constructor
+            would refuse.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -242,8 +243,10 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         return finished, rewards, episodes
 
     def _choose(self, options: Mapping[str, Any] | None) -> list[Prompt]:
-        if not options or "prompts" not in options:
+        if not options:
             return self._draw(self.num_envs)
+        if "prompts" not in options:
+            raise ValueError(f"options={options!r} must be {{'prompts': [...]}}, one prompt per row")
         prompts = self._forced.read(options["prompts"])
         if len(prompts) != self.num_envs:
             raise ValueError(f"options['prompts'] has {len(prompts)} prompts for {self.num_envs} rows")
@@ -278,9 +281,12 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
 
         :param seed: the same seed gives the same prompts, now and in the resets that follow.
         :param options: `{"prompt": ...}` gives the prompt of this reset.
+        :raises ValueError: options without a prompt, or one that the constructor would refuse.
         """
+        if options and "prompt" not in options:
+            raise ValueError(f"options={options!r} must be {{'prompt': ...}}")
         super().reset(seed=seed)
-        forced = {"prompts": [options["prompt"]]} if options and "prompt" in options else None
+        forced = {"prompts": [options["prompt"]]} if options else None
         observation, info = self._vector.reset(seed=seed, options=forced)
         self._ended = False
         return _first_row(observation), info

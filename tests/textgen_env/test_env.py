@@ -268,6 +268,15 @@ def test_reset_options_force_the_prompts_and_count_them() -> None:
         envs.reset(options={"prompts": ["Hotel review: " * 20] * 2})
 
 
+def test_reset_options_by_another_name_are_refused_instead_of_passed_over() -> None:
+    with pytest.raises(ValueError, match=r"options=\{'prompt': 'a'\} must be \{'prompts': \[\.\.\.\]\}"):
+        vector_env(2).reset(options={"prompt": "a"})
+    with pytest.raises(ValueError, match=r"options=\{'prompts': \['a'\]\} must be \{'prompt': \.\.\.\}"):
+        single_env().reset(options={"prompts": ["a"]})
+    vector_env(2).reset(options={})
+    single_env().reset(options={})
+
+
 def test_rendering_shows_prompt_and_text_so_far(tokenizer: Any) -> None:
     (token,) = tokenizer(" was")["input_ids"]
     env = single_env(render_mode="ansi")
