@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -267,3 +268,25 @@ def test_the_constructor_refuses_what_does_not_fit_before_anything_is_loaded(
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 2**34)
     with pytest.raises(ValueError, match="cannot be loaded"):
         SAFE("TextGenEnv-v0", env_kwargs={"model": str(folder), "max_prompt_tokens": 16, "max_new_tokens": 8})
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", th.bfloat16), (None, th.float32)])
+def test_the_constructor_plans_with_the_precision_that_auto_stands_for(
+    stored: str | None, dtype: th.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "large"
+    shutil.copytree(resolve("textgen_env:assets/lm"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    monkeypatch.setattr(policy_module, "LORA_FROM", 1000)
+    planned: list[th.dtype] = []
+
+    def spy(*_: Any, dtype: th.dtype, **__: Any) -> None:
+        planned.append(dtype)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(plan_module, "plan_memory", spy)
+    kwargs = {"model": str(folder), "max_prompt_tokens": 16, "max_new_tokens": 8, "model_kwargs": {"dtype": "auto"}}
+    with pytest.raises(ValueError, match="cannot be loaded"), pytest.warns(UserWarning, match="enough"):
+        SAFE("TextGenEnv-v0", env_kwargs=kwargs)
+    assert planned == [dtype]

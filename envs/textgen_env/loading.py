@@ -20,7 +20,11 @@ def file_arguments(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The part of `from_pretrained` arguments that configurations and tokenizers take too.
 
     `trust_remote_code` is False unless given: transformers would ask on the terminal.
+
+    :raises ValueError: a `torch_dtype`, beside which our own default for `dtype` would win without a word.
     """
+    if "torch_dtype" in (model_kwargs or {}):
+        raise ValueError("torch_dtype is called dtype in transformers 5: rename it in the arguments of from_pretrained")
     return {"trust_remote_code": False} | _chosen(model_kwargs, ACCESS_ARGUMENTS + VERSION_ARGUMENTS)
 
 

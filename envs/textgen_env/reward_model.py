@@ -201,12 +201,12 @@ def load_classifier(name: str, device: str = "auto", model_kwargs: Mapping[str, 
     :param model_kwargs: arguments of `from_pretrained`.
     :raises ValueError: it cannot be loaded, or is not a reward model.
     """
-    arguments = file_arguments(model_kwargs) | dict(model_kwargs or {})
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        arguments.setdefault("dtype", torch.float32)
     with blaming("reward_model", name, "reward_model_kwargs"):
+        arguments = file_arguments(model_kwargs) | dict(model_kwargs or {})
+        if device == "cpu":
+            arguments.setdefault("dtype", torch.float32)
         model, report = _from_pretrained(resolve(name), arguments)
         # transformers only warns, and goes on with a random head.
         if missing := sorted(report["missing_keys"]):

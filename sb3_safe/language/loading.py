@@ -20,8 +20,8 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     :raises ValueError: it cannot be loaded, is not a causal language model, or is none that can be run as is done here
         (:func:`~sb3_safe.language.body.check_architecture`).
     """
-    arguments = {"dtype": th.float32, "trust_remote_code": False} | kwargs
     with blaming("model", model, "model_kwargs"):
+        arguments = {"dtype": th.float32} | file_arguments(kwargs) | kwargs
         lm, found = AutoModelForCausalLM.from_pretrained(resolve(model), output_loading_info=True, **arguments)
         if found["missing_keys"]:
             raise ValueError(f"it is not a causal language model: its checkpoint lacks {sorted(found['missing_keys'])}")
@@ -66,8 +66,8 @@ def model_size(model: str, **kwargs: Any) -> int:
     :param kwargs: of ``from_pretrained``.
     :raises ValueError: its configuration cannot be loaded.
     """
-    files = file_arguments(kwargs)
     with blaming("model", model, "model_kwargs"):
+        files = file_arguments(kwargs)
         config = AutoConfig.from_pretrained(resolve(model), **files)
     with th.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, **{k: v for k, v in files.items() if k.startswith("trust")})

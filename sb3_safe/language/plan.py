@@ -144,8 +144,7 @@ def plan_memory(
     judge = None
     if reward_model is not None:
         config = _configuration("reward_model", reward_model)
-        stored = getattr(config, "dtype", None) or th.float32
-        judge = Blueprint(config, AutoModelForSequenceClassification, reward_dtype or stored)
+        judge = Blueprint(config, AutoModelForSequenceClassification, reward_dtype or _stored_dtype(config))
     policy = Blueprint(_configuration("model", model), AutoModelForCausalLM, dtype, lora)
     try:
         return _plan(
@@ -217,6 +216,10 @@ def _configuration(argument: str, model: Any) -> Any:
         return AutoConfig.from_pretrained(resolve(model), **file_arguments(None))
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}={model!r} has no configuration that can be read: {error}") from error
+
+
+def _stored_dtype(config: Any) -> th.dtype:
+    return getattr(config, "dtype", None) or th.float32
 
 
 def _packed(micro_batch_size: int, max_length: int) -> tuple[int, int]:
@@ -306,13 +309,15 @@ def check_run(algorithm: Any) -> None:
     piece = (algorithm.rollout_buffer_kwargs or {}).get("micro_batch_size")
     try:
         config = AutoConfig.from_pretrained(resolve(settings["model"]), **file_arguments(kwargs))
+        if isinstance(dtype, str):
+            dtype = _stored_dtype(config) if dtype == "auto" else getattr(th, dtype)
         plan = plan_memory(
             config,
             n_envs=algorithm.n_envs,
             max_length=capacity,
             micro_batch_size=piece or math.ceil(share * algorithm.n_envs * capacity),
             lora=lora,
-            dtype=getattr(th, dtype) if isinstance(dtype, str) else dtype,
+            dtype=dtype,
             reference=algorithm.controller.active and algorithm.kl_reference == "initial",
             gradient_checkpointing=settings.get("gradient_checkpointing", False),
             n_critics=settings.get("n_critics", 2),

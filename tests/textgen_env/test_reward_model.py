@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from textgen_env import RewardModel, TextGenVectorEnv
+from textgen_env.reward_model import load_classifier
 from textgen_env.rewards import make_reward
 from transformers import (
     AutoModelForCausalLM,
@@ -211,12 +212,23 @@ def test_the_environment_hands_reward_column_on_and_refuses_it_for_functions(tmp
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def test_loading_arguments_reach_the_model_and_a_cpu_runs_in_half_precision(llama: str) -> None:
+def test_loading_arguments_reach_the_model_and_a_cpu_runs_in_half_precision(llama: str, tmp_path: Path) -> None:
     default = RewardModel(llama).model
     assert (default.dtype, default.config._attn_implementation) == (torch.float32, "sdpa")
     half = RewardModel(llama, model_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"})
     assert (half.model.dtype, half.model.config._attn_implementation) == (torch.bfloat16, "eager")
     assert np.allclose(half([HH_PROMPT], [" yes"]), RewardModel(llama)([HH_PROMPT], [" yes"]), atol=0.1)
+    half.model.save_pretrained(tmp_path)
+    assert load_classifier(str(tmp_path), model_kwargs={"dtype": "auto"}).dtype == torch.bfloat16
+
+
+def test_the_old_name_of_dtype_is_refused(llama: str, language_model: str) -> None:
+    """Beside the default for the new one transformers would say nothing and ignore it."""
+    old = {"torch_dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=r"reward_model=.*torch_dtype is called dtype"):
+        RewardModel(llama, model_kwargs=old)
+    with pytest.raises(ValueError, match=r"(?<!reward_)model=.*torch_dtype is called dtype"):
+        TextGenVectorEnv(1, model=language_model, model_kwargs=old, prompts=["a"], reward_model=llama)
 
 
 def test_a_revision_is_that_of_the_model_and_not_of_another_tokenizer(
