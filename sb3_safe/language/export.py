@@ -3,16 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from textgen_env.loading import file_arguments
-from textgen_env.resolve import resolve
-from transformers import AutoTokenizer
+from textgen_env.loading import load_tokenizer
 
 from sb3_safe.language.adapters import Adapters
 from sb3_safe.language.loading import load_language_model
 
 
 def export(
-    lm: Any, adapters: Adapters | None, model: str, model_kwargs: dict[str, Any], directory: str | Path, merged: bool
+    lm: Any,
+    adapters: Adapters | None,
+    model: str,
+    model_kwargs: dict[str, Any],
+    directory: str | Path,
+    merged: bool,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model, or its adapters, and the tokenizer to a folder.
 
@@ -22,11 +26,20 @@ def export(
     :param model_kwargs: the arguments with which it was loaded.
     :param directory: is made if it is not there.
     :param merged: write the whole model with the adapters in its weights, not the adapters alone.
+    :param tokenizer: a tokenizer, its name, or ``None`` for the model's own.
+    :raises ValueError: there is no tokenizer, or it is another model's. Nothing has been written then.
     """
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, "tokenizer", model, "model", model_kwargs)
+    size = lm.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"tokenizer=... knows {len(tokenizer)} tokens, but model={model!r} has {size}: pass that of the environment"
+        )
     if adapters is None or not merged:
         lm.save_pretrained(directory)
     else:
         whole: Any = load_language_model(model, **({"dtype": lm.dtype} | model_kwargs))
         whole.load_state_dict(adapters.merged_state())
         whole.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(resolve(model), **file_arguments(model_kwargs)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -234,14 +234,16 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         trained = {f"lm.{name}" for name, parameter in self.lm.named_parameters() if parameter.requires_grad}
         return {f"lm.{name}" for name in self.lm.state_dict()} - trained
 
-    def export(self, directory: str | Path, merged: bool = False) -> None:
+    def export(self, directory: str | Path, merged: bool = False, tokenizer: Any = None) -> None:
         """Write what was trained for others: transformers and PEFT can load it.
 
         :param directory: gets the adapters, or without adapters the model, and the tokenizer.
         :param merged: write the whole model with the adapters in its weights.
+        :param tokenizer: the one that the environment was given, or its name; ``None``: the model's own.
+        :raises ValueError: there is no tokenizer, or it is another model's.
         """
         model, model_kwargs = self._arguments["model"], dict(self._arguments["model_kwargs"] or {})
-        export(self.lm, self.adapters, model, model_kwargs, directory, merged)
+        export(self.lm, self.adapters, model, model_kwargs, directory, merged, tokenizer)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -231,6 +231,28 @@ def test_mixtures_of_experts_are_trained_through_their_other_layers(
         )
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_tokenizer_of_the_environment_is_exported_where_it_is_named(
+    merged: bool, env_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the user's chat template, and where the model has no tokenizer of its own."""
+    AutoModelForCausalLM.from_config(make_config("qwen2")).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(env_kwargs["model"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    model = adapted(env_kwargs | {"model": str(tmp_path / "model"), "tokenizer": tokenizer})
+    with pytest.raises(ValueError, match="there is no tokenizer; name another one by tokenizer="):
+        model.policy.export(tmp_path / "exported", merged)
+    larger = AutoTokenizer.from_pretrained(env_kwargs["model"])
+    larger.add_tokens([f"<{number}>" for number in range(VOCAB_SIZE)])
+    with pytest.raises(ValueError, match=r"tokenizer=\.\.\. knows \d+ tokens, but model="):
+        model.policy.export(tmp_path / "exported", merged, larger)
+    assert not (tmp_path / "exported").exists()
+    model.policy.export(tmp_path / "exported", merged, tokenizer)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.get_vocab() == tokenizer.get_vocab()
+    assert exported.chat_template == tokenizer.chat_template
+
+
 def test_large_models_get_adapters_unless_the_user_says_otherwise(
     env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
