@@ -109,3 +109,28 @@ def check_architecture(lm: Any, model: str) -> None:
             raise ValueError(
                 f"{kind}: texts that are {how} get other probabilities than from the model's own forward pass; {advice}"
             )
+
+
+def check_length(lm: Any, length: int, model: str) -> None:
+    """Refuse texts that would change how a model sees the positions of the others beside them.
+
+    LongRoPE and dynamic scaling choose their frequencies by the longest text of a batch, so that beyond the length
+    that a model was first trained on, a text would get other probabilities in training than when it was written.
+
+    :param lm: the language model.
+    :param length: of the longest text, in tokens.
+    :param model: its name, for the message.
+    :raises ValueError: the text is longer than that.
+    """
+    config = lm.config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    # Models with several kinds of layers have one scaling for each.
+    for part in [scaling, *(part for part in scaling.values() if isinstance(part, dict))]:
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            limit = part.get("original_max_position_embeddings") or config.max_position_embeddings
+            if length > limit:
+                raise ValueError(
+                    f"model={model!r} scales positions ({part['rope_type']}) by the longest text of a batch when that "
+                    f"has more than {limit} tokens, and here texts have up to {length}: lower max_prompt_tokens or "
+                    "max_new_tokens"
+                )

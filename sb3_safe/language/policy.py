@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_safe.language.adapters import LORA_FROM, Adapters, lora_arguments
-from sb3_safe.language.body import hidden_states
+from sb3_safe.language.body import check_length, hidden_states
 from sb3_safe.language.buffer import SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.export import export
@@ -138,6 +138,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
                 f"model={model!r} has a vocabulary of {config.vocab_size}, the environment's actions are "
                 f"{action_space.n}: both must come from the same model"
             )
+        check_length(lm, observation_space["input_ids"].shape[0], model)  # type: ignore[index]
         self.adapters = None if adapted is None else Adapters(lm, adapted)
         if adapted is None and lm.dtype != th.float32:
             warnings.warn(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
 from sb3_safe import SAFE
 from sb3_safe.functional import categorical_kl
@@ -17,7 +19,7 @@ from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
 
-from .conftest import make_config
+from .conftest import VOCAB_SIZE, make_config
 from .test_agreement import Silent, rollout, text_model
 
 
@@ -103,6 +105,29 @@ def test_a_model_that_cannot_be_recorded_is_told_what_to_do(monkeypatch: pytest.
     with th.no_grad():
         recording.clear()
         assert DecodeStep(body, slots, graphs=False)(tokens, tokens, 8).tolist() == [[3.0], [4.0]]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "refused"),
+    [
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}, True),
+        (None, False),
+    ],
+)
+def test_texts_are_not_longer_than_a_scaling_by_the_longest_of_a_batch_lets_them(
+    scaling: dict[str, Any] | None, refused: bool, env_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    config = Phi3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=19, rope_scaling=scaling, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(env_kwargs["model"]).save_pretrained(tmp_path)
+    env_kwargs |= {"model": str(tmp_path), "max_prompt_tokens": 12}
+    text_model(env_kwargs | {"max_new_tokens": 7})
+    said = r"longrope.*more than 19 tokens, and here .* up to 20: lower max_prompt_tokens or max_new_tokens"
+    with pytest.raises(ValueError, match=said) if refused else contextlib.nullcontext():
+        text_model(env_kwargs | {"max_new_tokens": 8})
 
 
 def test_samples_follow_the_probabilities_and_never_have_probability_zero() -> None:
