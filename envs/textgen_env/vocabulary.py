@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
@@ -98,6 +99,11 @@ def _load_config(model: str, model_kwargs: Mapping[str, Any] | None) -> Any:
     """The configuration of a causal language model."""
     with blaming("model", model, "model_kwargs"):
         arguments = file_arguments(model_kwargs)
+        folder = Path(resolve(model))
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ValueError(
+                "it is an adapter, without its model: merge the two first, as policy.export(path, merged=True) does"
+            )
         config = AutoConfig.from_pretrained(resolve(model), **arguments)
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             # Not allowed to run that code, transformers would put a class of its own in its place, weights or not.

@@ -87,6 +87,12 @@ def test_code_of_its_own_needs_leave_even_where_transformers_has_a_class_for_its
     load_vocabulary(qwen2)
 
 
+def test_an_adapter_without_its_model_is_told_to_be_merged(qwen2: str) -> None:
+    (Path(qwen2) / "config.json").rename(Path(qwen2) / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"model=.* it is an adapter, .* policy\.export\(path, merged=True\)"):
+        load_vocabulary(qwen2)
+
+
 @pytest.mark.parametrize("config", [T5Config(), BartConfig(), ViTConfig()])
 def test_models_of_another_kind_are_refused(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
