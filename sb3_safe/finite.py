@@ -55,8 +55,8 @@ def check_observations(observations: np.ndarray | Mapping[str, np.ndarray] | Non
     for key, array in last.items():
         for index in np.argwhere(~np.isfinite(array))[:1]:
             raise NonFiniteError(
-                f"observation {key} of environment {index[0]} is {array[tuple(index)]} after {timesteps} steps; check "
-                "the environment"
+                f"observation {key and key + ' '}of environment {index[0]} is {array[tuple(index)]} after {timesteps} "
+                "steps; check the environment"
             )
 
 

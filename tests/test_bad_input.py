@@ -208,23 +208,18 @@ def test_a_minibatch_of_one_is_allowed_where_nothing_is_standardised() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
 @pytest.mark.parametrize(
-    "poison",
+    ("poison", "normalize"),
     [
-        {"reward": math.nan},
-        {"reward": math.inf},
-        {"observation": math.nan},
-        {"reward": 1e25},  # finite, and its square is not
+        *itertools.product([{"reward": math.nan}, {"reward": math.inf}, {"observation": math.nan}], [False, True]),
+        ({"reward": 1e25}, False),  # finite, and its square is not
     ],
     ids=str,
 )
-@pytest.mark.parametrize("normalize", [False, True])
 def test_training_goes_on_from_the_rescue_file(tmp_path: Path, poison: dict[str, float], normalize: bool):
     """Also with what is not a parameter: statistics, target critics, the controller's averages."""
     env: Any = DummyVecEnv([lambda: TinyEnv(), lambda: PoisonedEnv(after=70, **poison)])
     env = VecNormalize(env, clip_reward=np.inf) if normalize else env
     model = SAFE("MlpPolicy", env, critic_tau=0.1, kl_reference="initial", **SMALL)
-    if normalize and poison.get("reward") == 1e25:
-        pytest.skip("is divided by its own size")
     with pytest.raises(NonFiniteError) as caught:
         model.learn(512)
     assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())

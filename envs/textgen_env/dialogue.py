@@ -63,14 +63,14 @@ class Dialogue:
         :return: None where a conversation is over.
         :raises ValueError: a wrong number of answers, one that is neither a string nor None, or one that is too long.
         """
-        replies = list(
-            self._reply(
-                prompts=[prompt.value for prompt in prompts],
-                completions=[completion_of(*pair) for pair in zip(prompts, turns, strict=True)],
-                turns=[list(texts) for texts in turns],
-                **columns_of(prompts),
-            )
+        replies: Any = self._reply(
+            prompts=[prompt.value for prompt in prompts],
+            completions=[completion_of(*pair) for pair in zip(prompts, turns, strict=True)],
+            turns=[list(texts) for texts in turns],
+            **columns_of(prompts),
         )
+        if not isinstance(replies, Sequence) or isinstance(replies, str):
+            raise ValueError(f"reply returned {replies!r:.100}: a list is needed, with one answer per conversation")
         if len(replies) != len(prompts):
             raise ValueError(f"reply returned {len(replies)} values for {len(prompts)} conversations")
         return [

@@ -281,6 +281,8 @@ def test_arguments_that_cannot_work_are_named(arguments: dict[str, Any], message
 @pytest.mark.parametrize(
     ("replies", "message"),
     [
+        (None, r"reply returned None: a list is needed"),
+        ("of one", r"reply returned 'of one': a list is needed"),
         ([], r"reply returned 0 values for 1 conversations"),
         ([3], r"reply returned 3: a string is needed, or None"),
         ([""], r"reply returned '', which is written as 0 tokens"),
