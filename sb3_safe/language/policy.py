@@ -106,7 +106,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
         _check_observations(observation_space)
-        _check(model, critic_gradient, critic_max_grad_norm, use_sde)
+        _check(model, critic_gradient, critic_rate, critic_max_grad_norm, use_sde)
         assert model is not None
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -172,12 +172,15 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
 
     @classmethod
     def check_algorithm(cls, algorithm: Any) -> None:
-        """Refuse other observations than texts, and a large model that a run with it would not fit in memory.
+        """Refuse other observations than texts as they are, and a model that a run with it would not fit in memory.
 
         :param algorithm: what will build the policy.
         :raises ValueError: the message names the arguments to change; see :mod:`sb3_safe.language.plan`.
         """
         _check_observations(algorithm.observation_space)
+        normalizer = algorithm.get_vec_normalize_env()
+        if normalizer is not None and normalizer.norm_obs:
+            raise ValueError("env: VecNormalize would normalise token ids; make it with norm_obs=False")
         model, kwargs = algorithm.policy_kwargs.get("model"), algorithm.policy_kwargs.get("model_kwargs") or {}
         # A small model fits, and one with a device map is not on one device.
         if model is not None and "device_map" not in kwargs and model_size(model, **kwargs) >= LORA_FROM:
@@ -425,11 +428,15 @@ def _check_observations(observation_space: spaces.Space[Any]) -> None:
         )
 
 
-def _check(model: str | None, critic_gradient: float, critic_max_grad_norm: float, use_sde: bool) -> None:
+def _check(
+    model: str | None, critic_gradient: float, critic_rate: float, critic_max_grad_norm: float, use_sde: bool
+) -> None:
     if model is None:
         raise ValueError("policy_kwargs: model is missing; an environment like TextGenEnv-v0 names it in its metadata")
     if not 0 <= critic_gradient <= 1:
         raise ValueError(f"critic_gradient must be in [0, 1], got {critic_gradient}")
+    if not critic_rate > 0:
+        raise ValueError(f"critic_rate must be positive, got {critic_rate}")
     if not critic_max_grad_norm > 0:
         raise ValueError(f"critic_max_grad_norm must be positive, got {critic_max_grad_norm}")
     if use_sde:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
-from sb3_safe import SAFE
+from sb3_safe import SAFE, environments
 from sb3_safe.functional import categorical_kl
 from sb3_safe.language import LanguagePolicy, SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
@@ -348,6 +349,21 @@ def test_a_policy_alone_can_be_saved_and_loaded(env_kwargs: dict[str, Any], tmp_
     policy = LanguagePolicy.load(tmp_path / "policy")
     for name, value in model.policy.state_dict().items():
         assert th.equal(policy.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("critic_gradient", 1.5), ("critic_rate", -1.0), ("critic_max_grad_norm", 0.0)]
+)
+def test_numbers_out_of_range_are_named(name: str, value: float, env_kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=name):
+        text_model(env_kwargs, policy_kwargs={name: value})
+
+
+def test_token_ids_are_not_normalised(env_kwargs: dict[str, Any]) -> None:
+    env = environments.make("TextGenEnv-v0", 2, env_kwargs)
+    for norm_obs in (False, True):
+        with pytest.raises(ValueError, match="norm_obs=False") if norm_obs else contextlib.nullcontext():
+            SAFE("LanguagePolicy", VecNormalize(env, norm_obs=norm_obs), n_steps=8)
 
 
 # -- values after the last step ----------------------------------------------------------------------------------------
