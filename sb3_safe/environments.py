@@ -81,7 +81,13 @@ def _metadata(env: VecEnv) -> dict[str, Any]:
 
 
 def attribute(env: VecEnv, name: str) -> Any:
-    """An attribute of the first environment; ``None`` where it has none, or a vector environment does not tell."""
+    """An attribute of the first environment; ``None`` where it has none.
+
+    A vector environment of one's own may not tell: SB3 asks for little, and only where it needs it.
+
+    :param env: a vector environment.
+    :param name: of the attribute.
+    """
     try:
         return env.get_attr(name, indices=[0])[0]
     except (AttributeError, NotImplementedError):
@@ -93,6 +99,10 @@ def with_normalizer(env: VecEnv, normalizer: VecNormalize) -> VecEnv:
 
     Wrappers around it may transpose images or stack frames, and be put there before the normaliser is known. Where
     no observations have its shape, there is a warning, and the environment as it is.
+
+    :param env: the environment, without a ``VecNormalize``; its wrappers are changed in place.
+    :param normalizer: from a file, around no environment.
+    :return: the environment with the normaliser in it.
     """
     level, outer = env, None
     while not _has_shapes_of(level.observation_space, normalizer.observation_space):

@@ -6,6 +6,7 @@ them, evaluated together with the actor as one batched product, and used through
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -67,20 +68,22 @@ class PessimisticCritics(nn.Module):
         :raises ValueError: the message names the arguments to change.
         """
 
+    @abstractmethod
     def freeze_reference(self) -> None:
         """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_target_critics(self) -> None:
         """Add lagging copies of the critics, which then supply the values that advantages are made of."""
-        raise NotImplementedError
 
     def fitting_state(self, state_dict: Mapping[str, Any], strict: bool = True) -> Mapping[str, Any]:
         """A saved state as this policy can load it, whichever of reference and target critics either of them has.
 
         What was saved is made first. What was not is made of what is loaded.
 
+        :param state_dict: what :meth:`state_dict` of this or a like policy gave.
         :param strict: whether the state should be whole; what part of one leaves out stays as it is.
+        :return: the state with what was missing.
         """
         for beginning, make in (("reference.", self.freeze_reference), ("target_", self.make_target_critics)):
             if _any_begins(state_dict, beginning) and not _any_begins(self.state_dict(), beginning):

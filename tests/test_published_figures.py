@@ -287,6 +287,16 @@ def test_gold_scores_over_a_range_of_the_coefficient_are_those_of_the_report() -
     assert f"0.02 and 0.4 instead of 0.1 end at {low:.2f} and {high:.2f}." in SAID
 
 
+def test_what_is_said_of_a_coefficient_beyond_the_edge_is_in_the_results() -> None:
+    below, edge = (
+        [LANGUAGE["tuning"][setting]["sparse"][f"ppo-kl-{coef}"]["final_gold"] for setting in ("tuning", "tuning-x3")]
+        for coef in ("0.005", "0.01")
+    )
+    assert f"0.005 was tried too, and is worse ({below[0]:.2f}, and {edge[0]:.2f} at 0.01)." in SAID
+    listed = "at 1 and 3 times the rate: {:.3f} and {:.3f}, 0.01: {:.3f} and {:.3f}".format(*below, *edge)
+    assert listed in (ROOT / "benchmarks/README.md").read_text()
+
+
 def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -> None:
     tuning = [LANGUAGE["tuning"]["tuning-x10"][task] for task in pages.RLHF_TASKS]
     ppo = [max(row["final_gold"] for name, row in tried.items() if name.startswith("ppo-kl")) for tried in tuning]
