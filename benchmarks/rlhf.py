@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run: Any = commands.add_parser("run", help="train what is missing")
     run.add_argument("--suite", choices=SUITES, default="main")
-    run.add_argument("--quick", dest="suite", action="store_const", const="quick", help="ten minutes: --suite quick")
+    run.add_argument("--quick", dest="suite", action="store_const", const="quick", help="15 minutes: --suite quick")
     run.add_argument("--tasks", nargs="+", choices=TASKS, help="default: the suite's")
     run.add_argument("--methods", nargs="+", choices=(*METHODS, *FAMILIES), help="default: the suite's")
     run.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: the suite's")

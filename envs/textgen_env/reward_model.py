@@ -35,7 +35,7 @@ class RewardModel:
         stored elsewhere.
     :param column: the logit that is the score, where there are several.
     :raises ValueError: a model that cannot be loaded, whose head is not in its checkpoint, or that does not give one
-        score per text; no tokenizer.
+        score per text; no tokenizer; a batch size below 1.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class RewardModel:
         model_kwargs: Mapping[str, Any] | None = None,
         column: int | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         name = model if isinstance(model, str) else model.config.name_or_path
         self.__name__ = PurePath(name.partition(":")[2] or name).name or type(model).__name__
         if isinstance(model, str):

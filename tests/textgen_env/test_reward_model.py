@@ -222,6 +222,12 @@ def test_loading_arguments_reach_the_model_and_a_cpu_runs_in_half_precision(llam
     assert load_classifier(str(tmp_path), model_kwargs={"dtype": "auto"}).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_without_a_text_is_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be at least 1"):
+        RewardModel("textgen_env:assets/reward_model", batch_size=batch_size)
+
+
 def test_the_old_name_of_dtype_is_refused(llama: str, language_model: str) -> None:
     """Beside the default for the new one transformers would say nothing and ignore it."""
     old = {"torch_dtype": "bfloat16"}
