@@ -9,9 +9,10 @@ from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import check_shape_equal
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_safe.vec_env import GymVecEnv
 
@@ -36,7 +37,8 @@ def make(env_id: str, n_envs: int = 1, env_kwargs: dict[str, Any] | None = None)
             f"env={env_id!r} is not a registered environment: {error} Register it, or pass the environment itself."
         ) from error
     if _has_same_step_vector_form(spec):
-        return GymVecEnv(gym.make_vec(name, n_envs, vectorization_mode="vector_entry_point", **(env_kwargs or {})))
+        native = gym.make_vec(name, n_envs, vectorization_mode="vector_entry_point", **(env_kwargs or {}))
+        return wrap_native(native)  # type: ignore[no-any-return]
     return make_vec_env(name, n_envs, env_kwargs=env_kwargs)
 
 
@@ -130,5 +132,8 @@ def _has_shapes_of(space: spaces.Space[Any], other: spaces.Space[Any]) -> bool:
 
 
 def wrap_native(env: Any) -> Any:
-    """A gymnasium vector environment behind SB3's interface; anything else as it is."""
-    return GymVecEnv(env) if isinstance(env, VectorEnv) else env
+    """A gymnasium vector environment behind SB3's interface, with episode statistics; anything else as it is."""
+    if not isinstance(env, VectorEnv):
+        return env
+    native = GymVecEnv(env)
+    return native if all(native.env_is_wrapped(Monitor)) else VecMonitor(native)

@@ -5,7 +5,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
@@ -94,9 +95,15 @@ class GymVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Never, but an environment that reports its episodes, and says so in its metadata, counts as monitored."""
-        monitored = wrapper_class is Monitor and bool(self.envs.metadata.get("reports_episodes"))
-        return [monitored for _ in self._get_indices(indices)]
+        """Never, but an environment that reports its episodes counts as monitored.
+
+        That is one that says so in its metadata, or that is in gymnasium's ``RecordEpisodeStatistics``.
+        """
+        level = self.envs
+        while isinstance(level, VectorWrapper) and not isinstance(level, RecordEpisodeStatistics):
+            level = level.env
+        reports = isinstance(level, RecordEpisodeStatistics) or bool(self.envs.metadata.get("reports_episodes"))
+        return [wrapper_class is Monitor and reports for _ in self._get_indices(indices)]
 
 
 _FINAL = {"final_obs", "_final_obs", "final_info", "_final_info"}

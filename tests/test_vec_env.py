@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.wrappers.vector import ClipReward, RecordEpisodeStatistics
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from sb3_safe import SAFE, GymVecEnv, environments
@@ -15,7 +16,12 @@ from tests.tiny_envs import TinyEnv
 class CountersVec(VectorEnv[Any, Any, Any]):
     """Two native counters that end after 2 and run out of time after 3 steps; the reward is the action."""
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [4]}}  # noqa: RUF012
+    metadata = {  # noqa: RUF012
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "policy": "MlpPolicy",
+        "policy_kwargs": {"net_arch": [4]},
+        "reports_episodes": True,
+    }
 
     def __init__(self, num_envs: int = 2, start: float = 0.0) -> None:
         self.num_envs, self.start = num_envs, start
@@ -109,6 +115,10 @@ def test_infos_of_an_ended_episode_and_of_the_one_that_begins_are_kept_apart():
     assert env.reset_infos == [{"level": 7}, {"level": 1}]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, gym.__version__.split(".")[:2])) < (1, 4),
+    reason="gymnasium before 1.4 leaves the first step of an episode out of its statistics where one ended before it",
+)
 def test_what_gymnasium_records_of_an_episode_reaches_the_log():
     native = SyncVectorEnv(
         [lambda: TinyEnv(length=2), lambda: TinyEnv(length=3)], autoreset_mode=AutoresetMode.SAME_STEP
@@ -197,6 +207,18 @@ def test_a_gymnasium_vector_environment_trains_as_environments_side_by_side_do()
 
 
 def test_a_gymnasium_vector_environment_can_be_passed_as_it_is():
-    model = SAFE("MlpPolicy", sync("CartPole-v1", 2), n_steps=32, batch_size=16, n_epochs=1, seed=0).learn(64)
-    assert isinstance(model.env, GymVecEnv)
-    assert model.n_envs == 2
+    """Its episodes are recorded once, as those of a single environment are by SB3."""
+    models = [
+        SAFE("MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=1, seed=0).learn(64)
+        for env in (sync("CartPole-v1", 2), VecMonitor(GymVecEnv(sync("CartPole-v1", 2))))
+    ]
+    assert models[0].n_envs == 2
+    episodes, expected = ([(info["r"], info["l"]) for info in model.ep_info_buffer] for model in models)
+    assert episodes == expected != []
+
+
+def test_an_environment_that_records_its_episodes_is_not_monitored_again():
+    for env in (CountersVec(), ClipReward(RecordEpisodeStatistics(sync("CartPole-v1", 2)), 0.0, 0.5)):
+        model = SAFE("MlpPolicy", env, n_steps=32, batch_size=16)
+        assert isinstance(model.env, GymVecEnv)
+        assert model.env.env_is_wrapped(Monitor) == [True, True]
