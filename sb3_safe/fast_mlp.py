@@ -333,7 +333,8 @@ def _draw_gaussian(mean: Array, log_std: Array, deterministic: bool) -> tuple[ND
     actions = mean
     if not deterministic:
         actions = mean + np.exp(log_std) * th.randn(mean.T.shape, dtype=th.float32).numpy().T
-    return actions.T, _gaussian_log_prob((actions - mean) * np.exp(-log_std), log_std)
+    # Environments written in C may count on rows in one piece.
+    return np.ascontiguousarray(actions.T), _gaussian_log_prob((actions - mean) * np.exp(-log_std), log_std)
 
 
 def _score_gaussian(mean: Array, log_std: Array, actions: NDArray[Any]) -> tuple[Array, Array, ScoreGradient]:

@@ -3,8 +3,9 @@
 import functools
 import math
 import tempfile
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -115,8 +116,8 @@ class SAFE(OnPolicyAlgorithm):
     :param max_preview_kl: KL to the rollout policy, nats per action, that no update exceeds: steps that would are
         shrunk, and if the whole batch is still past it the parameters walk back. ``"auto"``: 0.02 against the initial,
         0.5 against the rollout policy. ``None``: no bound.
-    :param critic_warmup: rollouts at the start whose updates train the critics alone: what a policy would do by the
-        advantages of critics that know nothing yet is noise.
+    :param critic_warmup: rollouts at the start whose updates train the critics alone, and a features extractor where
+        they share it with the policy: what that would do by the advantages of critics that know nothing yet is noise.
     :param n_envs: number of environments, when ``env`` is an id.
     :param env_kwargs: arguments of the environment, when ``env`` is an id.
     :param stats_window_size: episodes that logged means are taken over.
@@ -263,6 +264,10 @@ class SAFE(OnPolicyAlgorithm):
     def _choose_automatic(self) -> None:
         """Put values where ``"auto"`` or ``None`` was given, to the constructor or to load()."""
         self.kl_controller_kwargs = self.kl_controller_kwargs or {}
+        if not isinstance(self.kl_controller_kwargs, Mapping):
+            raise ValueError(
+                f"kl_controller_kwargs must be a dict, got {self.kl_controller_kwargs!r} (in a yaml file: a mapping)"
+            )
         if self.kl_reference == "auto":
             self.kl_reference = getattr(self.policy_class, "kl_reference", "rollout")
         if self.kl_reference not in ESTIMATORS:
@@ -469,11 +474,19 @@ class SAFE(OnPolicyAlgorithm):
                 self.logger.record(f"safe/{name}", value)
             self.logger.record("safe/kl", self.measured_kl)
         if needs_reference and self.kl_estimator == "k1":
-            buffer.subtract_from_rewards(controller.reward_coefficient() * log_ratio.cpu().numpy())
+            price = controller.reward_coefficient() / self._reward_unit()
+            buffer.subtract_from_rewards(price * log_ratio.cpu().numpy())
         spread = float(buffer.returns.std())
         if self._n_updates > 0:
             spread = RETURN_SCALE_DECAY * float(policy.return_scale) + (1 - RETURN_SCALE_DECAY) * spread
         policy.return_scale.fill_(max(spread, 1e-6))
+
+    def _reward_unit(self) -> float:
+        """What a ``VecNormalize`` has divided the rewards by; the controller knows them, and prices, without it."""
+        normalizer = self._vec_normalize_env
+        if normalizer is None or not normalizer.norm_reward:
+            return 1.0
+        return float(np.sqrt(normalizer.ret_rms.var + normalizer.epsilon))
 
     def _annotations(self, needs_reference: bool, batch: SafeSamples) -> dict[str, Tensor]:
         """What the loss will compare with, computed as it computes; see :meth:`AnnotatedRollout.annotate`."""
@@ -707,6 +720,26 @@ class SAFE(OnPolicyAlgorithm):
             parameter.copy_(value)
         # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
         self.policy.set_training_mode(True)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """See ``BaseAlgorithm.predict``.
+
+        :param observation: as the environment gives it that the model was trained in: normalised, where that was in a
+            ``VecNormalize``.
+        """
+        if self._normalizer is not None and self._normalizer.norm_obs:
+            warnings.warn(
+                "the model was trained on observations that VecNormalize had normalised, and predict does not do that: "
+                "give load() an env and predict what model.get_env() returns (or normalise observations yourself)",
+                stacklevel=2,
+            )
+        return super().predict(observation, state, episode_start, deterministic)
 
     # -- log and files ---------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class GymVecEnv(VecEnv):
         self.reset_infos = [_row(infos, index) for index in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
-        return observations  # type: ignore[no-any-return]
+        return _copied(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions for :meth:`step_wait`."""
@@ -61,7 +61,7 @@ class GymVecEnv(VecEnv):
             # Gymnasium's RecordEpisodeStatistics reports the episode that ended beside the infos of the new one.
             if "episode" in self.reset_infos[index]:
                 rows[index].setdefault("episode", self.reset_infos[index].pop("episode"))
-        return observations, np.asarray(rewards, dtype=np.float32), dones, rows
+        return _copied(observations), np.asarray(rewards, dtype=np.float32), dones, rows
 
     def close(self) -> None:
         """Close the vector environment."""
@@ -107,6 +107,13 @@ class GymVecEnv(VecEnv):
 
 
 _FINAL = {"final_obs", "_final_obs", "final_info", "_final_info"}
+
+
+def _copied(observations: Any) -> VecEnvObs:
+    """What SB3 may keep until after the next step, in which an environment may write into the array that it gave."""
+    if isinstance(observations, dict):
+        return {key: values.copy() for key, values in observations.items()}
+    return observations.copy()  # type: ignore[no-any-return]
 
 
 def _row(infos: dict[str, Any], index: int) -> dict[str, Any]:

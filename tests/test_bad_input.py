@@ -51,6 +51,7 @@ SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed":
         ({"kl_controller": FixedKL(0.1)}, ["kl_controller", "kl_controller_kwargs"]),
         ({"kl_controller_kwargs": {"strength": 1}}, ["kl_controller_kwargs", "strength"]),
         ({"kl_controller_kwargs": {"coef": -1}}, ["coef"]),
+        ({"kl_controller_kwargs": "dict(coef=1)"}, ["kl_controller_kwargs", "dict(coef=1)", "mapping"]),
         ({"huber_delta": 0.0}, ["huber_delta", "None"]),
         ({"critic_tau": 0.0}, ["critic_tau"]),
         ({"critic_tau": 1.5}, ["critic_tau"]),

@@ -72,6 +72,7 @@ def test_actions_values_and_log_probabilities_are_those_of_the_general_path(
         with th.no_grad():  # twice, because the second draw tells whether the first took as many random numbers
             results.append([*policy(obs, deterministic), *policy(obs, deterministic), policy._predict(obs)])
     assert_equal(*results)
+    assert results[0][0].is_contiguous()  # an environment may hand the memory of its row to C
 
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(40), spaces.Box(-1, 1, (3, 7))], ids=["discrete", "box"])

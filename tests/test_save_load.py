@@ -1,5 +1,6 @@
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,21 @@ def test_statistics_of_normalisation_survive_with_the_model(tmp_path: Path, n_en
     assert np.abs(restored.normalize_obs(raw) - raw).max() > 0.1
     loaded.learn(32 * n_envs, reset_num_timesteps=False)
     assert restored.obs_rms.count > env.obs_rms.count
+
+
+def test_raw_observations_that_a_loaded_model_cannot_know_how_to_take_are_warned_of(tmp_path: Path):
+    trained = SAFE("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1", 1)), **SETTINGS)
+    trained.save(tmp_path / "model")
+    raw = np.zeros((1, 3), np.float32)
+    with pytest.warns(UserWarning, match=r"VecNormalize.*give load\(\) an env"):
+        SAFE.load(tmp_path / "model").predict(raw)
+    plain = SAFE("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1", 1), norm_obs=False), **SETTINGS)
+    plain.save(tmp_path / "plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SAFE.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", 1)).predict(raw)
+        SAFE.load(tmp_path / "plain").predict(raw)
+        trained.predict(raw)
 
 
 def test_statistics_that_are_given_win_over_those_that_were_saved(tmp_path: Path):

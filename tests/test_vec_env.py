@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -215,6 +216,21 @@ def test_a_gymnasium_vector_environment_can_be_passed_as_it_is():
     assert models[0].n_envs == 2
     episodes, expected = ([(info["r"], info["l"]) for info in model.ep_info_buffer] for model in models)
     assert episodes == expected != []
+
+
+@pytest.mark.parametrize("kind", ["vector", "dict"])
+def test_observations_are_not_overwritten_by_the_step_that_follows(kind: str):
+    makers = [lambda: TinyEnv(kind)] * 2
+    env = GymVecEnv(SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP))
+    env.seed(0)
+    first = env.reset()
+    kept = copy.deepcopy(first)
+    second = env.step(np.zeros(2, int))[0]
+    kept_second = copy.deepcopy(second)
+    env.step(np.zeros(2, int))
+    for given, expected in ((first, kept), (second, kept_second)):
+        for key in given if isinstance(given, dict) else [...]:
+            np.testing.assert_array_equal(given[key], expected[key])
 
 
 def test_an_environment_that_records_its_episodes_is_not_monitored_again():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import gymnasium
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from textgen_env.dialogue import Dialogue, Reply
 from textgen_env.prompts import Deck, LongPrompts, Prompt, PromptFormat, PromptReader
+from textgen_env.resolve import as_name
 from textgen_env.rewards import EMBEDDED_REWARD_MODEL, make_reward
 from textgen_env.rows import Observation, TextRows
 from textgen_env.stopping import StopStrings
@@ -85,7 +87,7 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         self,
         num_envs: int = 1,
         *,
-        model: str = EMBEDDED_MODEL,
+        model: str | PathLike[str] = EMBEDDED_MODEL,
         reward_model: Any = EMBEDDED_REWARD_MODEL,
         reward_weights: Sequence[float] | None = None,
         prompts: Any = None,
@@ -130,7 +132,8 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             raise ValueError(f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}")
         if reply is None and max_turns != 1:
             raise ValueError(f"max_turns={max_turns} needs reply=..., a function that answers between turns")
-        vocabulary = load_vocabulary(model, tokenizer, pad_token, model_kwargs)
+        model_name: str = as_name(model)
+        vocabulary = load_vocabulary(model_name, as_name(tokenizer), pad_token, model_kwargs)
         stops = StopStrings(stop_strings, vocabulary.tokenizer)
         dialogue = None if reply is None else Dialogue(reply, max_turns, max_reply_tokens, vocabulary.tokenizer)
         reader = PromptReader(vocabulary, prompt_column, max_prompt_tokens, long_prompts, prompt_format)
@@ -142,14 +145,14 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             turns = f" (x {max_turns}) + max_reply_tokens={max_reply_tokens} (x {max_turns - 1})" if dialogue else ""
             raise ValueError(
                 f"max_prompt_tokens={longest} + max_new_tokens={max_new_tokens}{turns} exceed the {vocabulary.context} "
-                f"positions of model={model!r}: lower one of them"
+                f"positions of model={model_name!r}: lower one of them"
             )
         if dialogue is not None:
             dialogue.check(self._prompts)
         reward = make_reward(
             reward_model,
             reward_weights,
-            reward_tokenizer,
+            as_name(reward_tokenizer),
             reward_batch_size,
             reward_device,
             reward_model_kwargs,
@@ -180,7 +183,7 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
         self.metadata = self.metadata | {
             "policy": "LanguagePolicy",
             "policy_kwargs": {
-                "model": model,
+                "model": model_name,
                 "eos_token_id": list(vocabulary.end_ids),
                 "min_new_tokens": min_new_tokens,
                 "model_kwargs": dict(model_kwargs or {}),

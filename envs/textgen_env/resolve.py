@@ -1,8 +1,15 @@
 """Names of models and files that ship inside a Python package."""
 
+import os
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+
+def as_name(source: Any) -> Any:
+    """A path as the string of it; anything else as it is."""
+    return os.fspath(source) if isinstance(source, os.PathLike) else source
 
 
 def resolve(name: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from textgen_env.resolve import as_name
 from textgen_env.reward_model import RewardModel
 from textgen_env.transcripts import Messages
 
@@ -101,7 +102,7 @@ def make_reward(
     :param tokenizer: of the reward models; None for each one's own.
     :raises ValueError: a reward model that cannot be loaded, something else than these, or no part at all.
     """
-    parts = list(reward_model) if isinstance(reward_model, list | tuple) else [reward_model]
+    parts = [as_name(part) for part in (reward_model if isinstance(reward_model, list | tuple) else [reward_model])]
     if column is not None and not any(isinstance(part, str | torch.nn.Module) for part in parts):
         raise ValueError(f"reward_column={column} chooses a logit of a reward model, but reward_model names none")
     functions = [

@@ -366,6 +366,29 @@ def test_token_ids_are_not_normalised(env_kwargs: dict[str, Any]) -> None:
             SAFE("LanguagePolicy", VecNormalize(env, norm_obs=norm_obs), n_steps=8)
 
 
+def test_the_price_of_drift_is_the_same_when_rewards_are_normalised(
+    env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken off the rewards is in their unit: divided by what they were divided by."""
+    taken: list[np.ndarray] = []
+    monkeypatch.setattr(SegmentBuffer, "subtract_from_rewards", lambda _, penalty: taken.append(penalty))
+    unit = []
+    for normalise in (False, True):
+        env = environments.make("TextGenEnv-v0", 6, env_kwargs)
+        if normalise:
+            env = VecNormalize(env, norm_obs=False, gamma=1.0)
+        model = SAFE("LanguagePolicy", env, n_steps=13, batch_size=32, learning_rate=0.0, gamma=1.0, seed=0)
+        # A reference other than the policy, so that there is something to take off.
+        for parameter in model.policy.reference.parameters():
+            parameter.data.mul_(1.1)
+        model.controller.reward_scale = 1000.0
+        model.learn(13 * 6)
+        unit.append(float(np.sqrt(env.ret_rms.var + env.epsilon)) if normalise else 1.0)
+    assert unit[1] != pytest.approx(1.0, rel=0.05)
+    np.testing.assert_allclose(taken[1] * unit[1], taken[0] * unit[0], rtol=1e-4, atol=1e-7)
+    assert np.abs(taken[0]).max() > 0
+
+
 # -- values after the last step ----------------------------------------------------------------------------------------
 
 

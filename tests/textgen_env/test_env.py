@@ -26,6 +26,9 @@ def length_reward(prompts: list[Any], completions: list[str], completion_ids: li
     return [float(sum(ids) + len(ids)) for ids in completion_ids]
 
 
+ASSETS = Path(inspect.getfile(TextGenVectorEnv)).with_name("assets")
+
+
 def vector_env(num_envs: int = 3, **arguments: Any) -> TextGenVectorEnv:
     return TextGenVectorEnv(num_envs, **{"reward_model": length_reward, "max_new_tokens": 5, **arguments})
 
@@ -374,3 +377,9 @@ def test_every_argument_is_explained_in_the_docs() -> None:
     text = "".join((docs / page).read_text(encoding="utf-8") for page in ("text-environment.md", "multi-turn.md"))
     arguments = set(inspect.signature(TextGenVectorEnv.__init__).parameters) - {"self", "num_envs"}
     assert {name for name in arguments if not re.search(rf"[`\"]{name}\b", text)} == set()
+
+
+def test_models_may_be_named_by_paths() -> None:
+    env = TextGenVectorEnv(model=ASSETS / "lm", tokenizer=ASSETS / "lm", reward_model=[ASSETS / "reward_model"])
+    assert env.metadata["policy_kwargs"]["model"] == str(ASSETS / "lm")
+    assert env.reset()[0]["length"].shape == (1, 1)
