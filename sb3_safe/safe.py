@@ -116,8 +116,8 @@ class SAFE(OnPolicyAlgorithm):
     :param max_preview_kl: KL to the rollout policy, nats per action, that no update exceeds: steps that would are
         shrunk, and if the whole batch is still past it the parameters walk back. ``"auto"``: 0.02 against the initial,
         0.5 against the rollout policy. ``None``: no bound.
-    :param critic_warmup: rollouts at the start whose updates train the critics alone, and a features extractor where
-        they share it with the policy: what that would do by the advantages of critics that know nothing yet is noise.
+    :param critic_warmup: rollouts at the start whose updates train the critics alone (and a features extractor that
+        they share with the policy): what a policy would do by the advantages of critics that know nothing yet is noise.
     :param n_envs: number of environments, when ``env`` is an id.
     :param env_kwargs: arguments of the environment, when ``env`` is an id.
     :param stats_window_size: episodes that logged means are taken over.

@@ -10,6 +10,8 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
+from io import BufferedIOBase
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -53,6 +55,13 @@ class ZooSAFE(SAFE):
             )
         except NonFiniteError as error:
             raise ValueError(str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> "ZooSAFE":
+        """See :meth:`SAFE.load`. The Zoo keeps the statistics of a ``VecNormalize`` itself, and normalises by them."""
+        model = super().load(path, env, *args, **kwargs)
+        model._normalizer = None
+        return model
 
 
 def register() -> None:

@@ -1,11 +1,15 @@
 """SAFE in the RL Zoo. What needs ``rl_zoo3`` is skipped without it."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_safe import SAFE, NonFiniteError, presets, zoo
 
@@ -113,6 +117,14 @@ def test_sampled_arguments_build_safe_and_are_found_again_from_the_study() -> No
     assert model.policy.soft_min_alpha == trial.params["soft_min_alpha"]
     assert model.huber_delta == trial.params["huber_delta"]
     assert zoo.convert_safe_params(trial.params) == arguments
+
+
+def test_enjoy_normalises_by_the_zoos_own_statistics_and_is_not_warned(tmp_path: Path) -> None:
+    model = zoo.ZooSAFE("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1")), n_steps=32, batch_size=32)
+    model.save(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoo.ZooSAFE.load(tmp_path / "model").predict(np.zeros((1, 3), np.float32))
 
 
 def test_train_and_enjoy_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
