@@ -34,7 +34,11 @@ LOG_FOLDER = "logs"
 
 
 class ZooSAFE(SAFE):
-    """SAFE whose breakdown is a ``ValueError``, which the Zoo's hyperparameter search takes as a pruned trial."""
+    """SAFE as the Zoo expects it.
+
+    A breakdown is a ``ValueError``, which the Zoo's hyperparameter search takes as a pruned trial, and a model loaded
+    without an environment leaves normalisation to the Zoo.
+    """
 
     def learn(
         self,

@@ -176,6 +176,16 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
     assert f"between the same and {max(ratios):.1f} times smaller" in SAID
 
 
+def test_the_fall_on_hopper_is_the_one_that_is_told() -> None:
+    runs = (ROOT / "benchmarks/results/control/tuned/Hopper-v5/safe").glob("*.json")
+    ends = [json.loads(file.read_text())["curve"]["return"][-10:] for file in runs]
+    fallen = [end for end in ends if min(end) < 100]
+    assert len(fallen) == 1
+    before, lowest, after = (round(value) for value in (max(fallen[0][:3]), min(fallen[0]), fallen[0][-1]))
+    assert before == after
+    assert f"one run of SAFE falls from {before} to {lowest} shortly before its end, and is back at the last" in SAID
+
+
 def test_what_readme_sums_up_is_in_the_results() -> None:
     safe = CONTROL["tuned"]["aggregate"]["all tasks"]["safe"]
     final, average = ("{:.2f} [{:.2f}, {:.2f}]".format(*safe[f"improvement_{what}"]) for what in ("final", "average"))

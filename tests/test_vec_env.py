@@ -213,6 +213,8 @@ def test_a_gymnasium_vector_environment_can_be_passed_as_it_is():
         SAFE("MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=1, seed=0).learn(64)
         for env in (sync("CartPole-v1", 2), VecMonitor(GymVecEnv(sync("CartPole-v1", 2))))
     ]
+    assert isinstance(models[0].env, VecMonitor)
+    assert isinstance(models[0].env.venv, GymVecEnv)
     assert models[0].n_envs == 2
     episodes, expected = ([(info["r"], info["l"]) for info in model.ep_info_buffer] for model in models)
     assert episodes == expected != []
