@@ -11,20 +11,22 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 INSTALLED = $(VENV)/.installed-
 
-.PHONY: help demo test test-slow docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
+.PHONY: help demo test test-slow test-lowest docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
 
 help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-lowest   the tests on the oldest versions that pyproject.toml allows"
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
 	@echo "make bench-control   SAFE against PPO on control tasks: days; goes on where it was stopped (BENCH_ARGS=\"--seeds 1\")"
 	@echo "make bench-rlhf   SAFE against PPO on language: days; goes on where it was stopped"
 	@echo "make bench-rlhf-quick   the same at the highest rates, one seed: a quarter of an hour"
-	@echo "make clean      remove $(VENV) and what was built"
+	@echo "make clean      remove the environments and what was built"
 
 demo: $(INSTALLED)demo
 	$(BIN)/python -m sb3_safe.demo $(DEMO_ARGS)
@@ -37,6 +39,9 @@ test: $(INSTALLED)dev
 
 test-slow: $(INSTALLED)dev
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest $(PYTEST_ARGS)
 
 docs: $(INSTALLED)docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
@@ -78,8 +83,15 @@ bench-rlhf-quick: $(INSTALLED)bench
 	.venv-sbx/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
 	.venv-sbx/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt sbx-rl "gymnasium[mujoco]"
 
+# uv, because pip cannot be asked for the oldest versions. Tests of what is not in the extra are skipped.
+$(LOWEST)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct $(PIP_ARGS) -e ".[test]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) docs/_build
+	rm -rf $(VENV) $(LOWEST) .venv-sbx docs/_build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11" % v[:2])'

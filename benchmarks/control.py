@@ -67,7 +67,8 @@ SUITES = {
     "tuned": Suite(("tuned",), tuple(TASKS), ("ppo", "safe", "ppo-target-kl", "trpo")),
     "stress": Suite(STRESS, SMALL, ("ppo", "safe", "ppo-target-kl")),
     # Its runs of ppo and safe are those of the other suites.
-    "ablation": Suite(("tuned", "lr-x5"), ("CartPole-v1", "Pendulum-v1", "LunarLander-v3"), ("ppo", "safe", *VARIANTS)),
+    "ablation": Suite(("tuned", "lr-x5", "lr-x20"), ("CartPole-v1", "Pendulum-v1", "MountainCar-v0"),
+                      ("ppo", "safe", *VARIANTS)),
 }  # fmt: skip
 
 
