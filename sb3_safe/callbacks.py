@@ -167,7 +167,8 @@ class StabilityCallback(BaseCallback):
         row = self._row | {column: log[name] for column, name in TRAINING_LOG.items() if name in log}
         controller = getattr(self.model, "controller", None)
         if controller is not None and controller.active:
-            row |= controller.metrics() | {"kl": self.model.measured_kl}  # type: ignore[attr-defined]
+            # A controller of one's own may have a name that is taken.
+            row = row | controller.metrics() | {"kl": self.model.measured_kl} | row  # type: ignore[attr-defined]
         row["seconds"] = round(time.monotonic() - self._start, 3)
         self._row = None
         # NumPy's numbers, of which SB3's log has some, are not JSON.

@@ -9,7 +9,6 @@ from typing import Any
 import torch as th
 
 from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, read_json_lines
-from sb3_safe.controller import PHASES
 from sb3_safe.presets import preset
 from sb3_safe.report import write_report
 
@@ -72,7 +71,7 @@ def _read(path: Path, writer: str, fits: Callable[[Any], bool]) -> list[dict[str
 
 def _is_row(row: Any) -> bool:
     numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
-    return numbers and "timesteps" in row and 0 <= row.get("phase", 0) < len(PHASES)
+    return numbers and "timesteps" in row
 
 
 def _is_sample(sample: Any) -> bool:

@@ -131,8 +131,10 @@ class SafeController(KLController):
 
     Where the KL is in the reward, the coefficient is in units of the reward's spread, the largest that was seen.
 
-    - **KL trackers**: ``kl_short`` and ``kl_long`` are moving averages that start at the first measurement.
+    - **KL trackers**: ``kl_short`` and ``kl_long`` are moving averages that start at the first measurement (against the
+      rollout policy that is 0, before the first update).
     - **Entropy gate**: ``gate = clip(exp(floor - H), 0.5, 10)``, the ratio of the floor's perplexity to the policy's.
+      With two actions the automatic floor is 0, and the gate at most 1.
     - **PID**: error = velocity of the reward's moving average less ``target_velocity``, the reward in units of its
       running spread, so that returns of 0.7 and of -1000 are treated alike. The integral stands still while the
       threshold is clipped and the error pushes it further out.
@@ -224,6 +226,7 @@ class SafeController(KLController):
             ("kl_long_decay", kl_long_decay),
         ):
             _require(0 <= decay < 1, name, decay, "in [0, 1)")
+        _require(warmup >= 0, "warmup", warmup, "at least 0")
         _require(window >= 2, "window", window, "at least 2")
         is_floor = entropy_floor == "auto" or (not isinstance(entropy_floor, str) and math.isfinite(entropy_floor))
         _require(is_floor, "entropy_floor", entropy_floor, "'auto' or a finite number of nats")

@@ -72,10 +72,14 @@ def check_policy(env: VecEnv, policy: str) -> None:
         raise ValueError(f"policy={policy!r} does not fit this environment, which is made for policy={named!r}")
 
 
-def advertised_policy_kwargs(env: VecEnv, policy: str) -> dict[str, Any]:
-    """Arguments that the environment's metadata has for the policy it names; empty for any other policy."""
+def advertised_policy_kwargs(env: VecEnv, policy: str | None = None) -> dict[str, Any]:
+    """Arguments that the environment's metadata has for the policy it names; empty for any other policy.
+
+    :param env: a vector environment.
+    :param policy: name of the policy that they are for; ``None``: of that which is named.
+    """
     metadata = _metadata(env)
-    return dict(metadata.get("policy_kwargs", {})) if metadata.get("policy") == policy else {}
+    return dict(metadata.get("policy_kwargs", {})) if policy in (None, metadata.get("policy")) else {}
 
 
 def _metadata(env: VecEnv) -> dict[str, Any]:

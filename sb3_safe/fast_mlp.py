@@ -148,7 +148,9 @@ class FastMlp:
         evaluation, gradient = self._evaluate(features.numpy(), samples.actions.numpy(), arrays)
         means, slopes = objective.slopes(samples, *evaluation)
         _, *gradients = gradient(*slopes, with_features=False)
-        for parameter, array in zip(self.parameters, gradients, strict=True):
+        # Where the policy is not trained its head has no gradient, not even zeros, which an optimizer would count.
+        trained = self.parameters if objective.trains_policy else self.parameters[: 2 * self.depth + 2]
+        for parameter, array in zip(trained, gradients, strict=False):
             if parameter.requires_grad:
                 new = th.from_numpy(array)
                 parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
@@ -227,7 +229,7 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
         return None
     if sum(weight.numel() for weight in bodies.weights) > MAX_WEIGHTS:
         return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*bodies.modules(), head)):
+    if any(has_hooks(layer) for layer in (*bodies.modules(), head)):
         return None
     activations = {type(activation) for activation in bodies.activations}
     if not activations <= ACTIVATIONS.keys():
@@ -240,8 +242,19 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
         actor_head=(head.weight, head.bias),
         log_std=policy.log_std if distribution is DiagGaussianDistribution else None,
     )
-    plain = all(type(parameter) is nn.Parameter and parameter.dtype == th.float32 for parameter in fast.parameters)
-    return fast if plain else None
+    return fast if all(map(_is_plain, fast.parameters)) else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called when a module is, or when its gradient is computed."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return type(parameter) is nn.Parameter and parameter.dtype == th.float32 and not hooks
 
 
 class _Evaluation(th.autograd.Function):

@@ -1,5 +1,6 @@
 """Stopping where something is not finite, with what and where, before it spoils what was learned."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -32,8 +33,9 @@ class LastGood:
         if normalizer is not None:
             observed = getattr(normalizer, "obs_rms", {})
             holders += [normalizer.ret_rms, *(observed.values() if isinstance(observed, dict) else [observed])]
-        # Their values are replaced, not changed.
-        self._values = [(holder, dict(vars(holder))) for holder in holders]
+        self._values = [
+            (holder, {name: copy.copy(value) for name, value in vars(holder).items()}) for holder in holders
+        ]
 
     @th.no_grad()
     def restore(self) -> None:

@@ -23,7 +23,8 @@ def soft_min(values: Tensor, temperature: float) -> Tensor:
     The minimum over critics at ``a = 0``, their mean at ``a = inf``, never below the minimum and never above the
     mean. For two critics a distance ``d`` apart it lies about ``d^2 / (8 a)`` below the mean. The minimum is
     taken out first, so that neither a tiny temperature nor huge values overflow, and what is left is written with
-    ``expm1`` and ``log1p``, so that a large temperature does not magnify rounding.
+    ``expm1`` and ``log1p``, so that a large temperature does not magnify rounding. (Not in an export by
+    ``torch.jit``'s tracing, as ONNX has neither.)
 
     :param values: ``[..., K]``
     :param temperature: ``a >= 0``, in the units of ``values``.
@@ -41,7 +42,9 @@ def soft_min(values: Tensor, temperature: float) -> Tensor:
     if temperature == math.inf:
         return values.mean(dim=-1)
     lowest = values.detach().amin(dim=-1, keepdim=True)
-    pooled = th.log1p(th.expm1((lowest - values) / temperature).mean(dim=-1))
+    excess = (lowest - values) / temperature
+    traced = th.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    pooled = excess.exp().mean(dim=-1).log() if traced else th.log1p(th.expm1(excess).mean(dim=-1))
     return lowest[..., 0] - temperature * pooled
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
-from sb3_safe.fast_mlp import FastMlp, fast_path
+from sb3_safe.fast_mlp import FastMlp, fast_path, has_hooks
 from sb3_safe.functional import soft_min
 from sb3_safe.parallel_mlp import architecture, side_by_side
 
@@ -141,7 +141,9 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     With ``n_critics=1`` it is SB3's ``ActorCriticPolicy``: same initial parameters, same actions. A subclass may
     override what SB3's may, but for two: ``mlp_extractor`` is SB3's ``MlpExtractor``, of whose ``value_net`` the
-    further critics are made, and training calls :meth:`evaluate`, not ``evaluate_actions``.
+    further critics are made, and training calls :meth:`evaluate`, not ``evaluate_actions``. Neither ``mlp_extractor``
+    nor ``value_net`` is there after building: the critics are ``bodies``, ``value_weight`` and ``value_bias``. Where
+    SB3's own ``forward`` calls those two, one of yours calls ``_latents`` and ``_used_value``.
 
     LayerNorm on the critics' input, which the paper puts on hidden states of a language model, is left out here:
     on the three numbers of a pendulum it would discard two of them.
@@ -292,8 +294,11 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             return None
         if not self._takes_vectors and any(p.requires_grad for p in self.features_extractor.parameters()):
             return None  # their gradient needs a graph
+        features = self._features(samples.observations)
+        if features.requires_grad:
+            return None  # a subclass makes them of parameters of its own
         with th.no_grad():
-            return self._fast.accumulate_gradient(self._features(samples.observations), samples, objective)
+            return self._fast.accumulate_gradient(features, samples, objective)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
@@ -341,6 +346,8 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).expand(len(mean))
             return _gaussian_log_prob(actions, mean, self.log_std), entropy
         distribution = self._get_action_dist_from_latent(latent_pi)
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()  # in a buffer they are ``[B, 1]``
         return distribution.log_prob(actions), distribution.entropy()
 
     # -- reference policy and target critics -----------------------------------------------------------------------
@@ -357,7 +364,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             isinstance(self.observation_space, spaces.Box)
             and len(self.observation_space.shape) == 1
             and type(self.features_extractor) is FlattenExtractor
-            and not (self.features_extractor._forward_hooks or self.features_extractor._forward_pre_hooks)
+            and not has_hooks(self.features_extractor)
             and type(self).extract_features is ActorCriticPolicy.extract_features
         )
         return self

@@ -192,7 +192,7 @@ def _sample_row(sample: Mapping[str, Any]) -> str:
 
 
 def _figures(runs: Runs) -> str:
-    phased = next((name for name, run in runs.items() if any("phase" in row for row in run)), None)
+    phased = next((name for name, run in runs.items() if any(map(_has_phase, run))), None)
     figures = [_figure(panel, runs, phased) for panel in PANELS if _has(panel.column, runs)]
     note = ""
     if phased is not None and len(runs) > 1:
@@ -245,9 +245,14 @@ def _draw(axes: Any, panel: Panel, suffix: str, run: Sequence[Row], color: str) 
         axes.fill_between([row["timesteps"] for row in rows], low, high, color=color, alpha=0.15, linewidth=0)
 
 
+def _has_phase(row: Row) -> bool:
+    """Whether a row has one of SAFE's phases; a controller of one's own may mean something else by the word."""
+    return row.get("phase") in range(len(PHASES))
+
+
 def _shade_phases(axes: Any, run: Sequence[Row]) -> None:
     """A band for every stretch of rollouts in one phase."""
-    rows = [row for row in run if "phase" in row]
+    rows = list(filter(_has_phase, run))
     labelled: set[str] = set()
     start = 0.0
     for number, row in enumerate(rows):

@@ -1,11 +1,12 @@
 """SAFE: stable alignment finetuning with entropy-aware control, as a Stable-Baselines3 on-policy algorithm."""
 
+import copy
 import functools
 import math
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -46,7 +47,21 @@ Estimator = Literal["k1", "k2", "k3", "exact"]
 ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k3", "exact"), "rollout": ("k3",)}
 # Nats per action. A text has many actions, whose distances add up.
 MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
+MIN_TELLING = 16
+"""Actions of a minibatch below which its KL says little about that of the rollout."""
 RETURN_SCALE_DECAY = 0.9
+LARGEST_RETURN = float(np.finfo(np.float32).max)
+"""Of an episode that the controller is told of. Rewards that are trained on are in single precision."""
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "n_epochs": (lambda value: value >= 1, "at least 1"),
+    "clip_range_vf": (lambda value: value > 0, "positive, or None for no clipping"),
+    "huber_delta": (lambda value: value > 0, "positive, or None for the squared error"),
+    "critic_tau": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "max_preview_kl": (lambda value: value > 0, "positive, or None for no bound"),
+    "critic_warmup": (lambda value: value >= 0, "at least 0"),
+}
+"""Of single numbers among the arguments; a schedule is not looked into."""
 LOSS = ("_loss", "_kl_term")
 """Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
 
@@ -179,9 +194,13 @@ class SAFE(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        names = ", ".join((*self.policy_aliases, "LanguagePolicy"))
+        advertised: dict[str, Any] = {}
         if isinstance(policy, str) and policy not in (*self.policy_aliases, "LanguagePolicy", "auto"):
-            names = ", ".join((*self.policy_aliases, "LanguagePolicy"))
-            raise ValueError(f"policy={policy!r} is neither a policy ({names}) nor a registered environment id")
+            what = "neither a policy nor a registered environment id" if env is None else "not a policy"
+            raise ValueError(f"policy={policy!r} is {what}; policies are {names}, or 'auto' for the one that fits")
+        if not isinstance(policy, str | type):
+            raise ValueError(f"policy must be a name ({names}), a class or an environment id, got {policy!r}")
         if env is None and isinstance(policy, str):
             raise ValueError("env is missing: pass an environment or its id")
         if isinstance(env, str):
@@ -196,7 +215,8 @@ class SAFE(OnPolicyAlgorithm):
                 policy = environments.fitting_policy(env)
             if isinstance(policy, str):
                 environments.check_policy(env, policy)
-                policy_kwargs = environments.advertised_policy_kwargs(env, policy) | (policy_kwargs or {})
+                advertised = environments.advertised_policy_kwargs(env, policy)
+                policy_kwargs = advertised | (policy_kwargs or {})
         super().__init__(
             policy,  # type: ignore[arg-type]
             env,  # type: ignore[arg-type]
@@ -220,6 +240,7 @@ class SAFE(OnPolicyAlgorithm):
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
+        self._advertised = advertised  # by the environment, for the policy
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -328,23 +349,15 @@ class SAFE(OnPolicyAlgorithm):
             )
         if self.normalize_advantage and self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 to normalise advantages, got {self.batch_size}")
-        if self.n_epochs < 1:
-            raise ValueError(f"n_epochs must be at least 1, got {self.n_epochs}")
         if self.kl_estimator not in ESTIMATORS[self.kl_reference]:
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
-        if self.huber_delta is not None and not self.huber_delta > 0:
-            raise ValueError(f"huber_delta must be positive, or None for the squared error, got {self.huber_delta}")
-        if not 0 < self.critic_tau <= 1:
-            raise ValueError(f"critic_tau must be in (0, 1], got {self.critic_tau}")
-        if self.max_preview_kl is not None and not self.max_preview_kl > 0:
-            raise ValueError(f"max_preview_kl must be positive, or None for no bound, got {self.max_preview_kl}")
-        if self.critic_warmup < 0:
-            raise ValueError(f"critic_warmup must be at least 0, got {self.critic_warmup}")
-        if isinstance(self.clip_range_vf, float | int) and not self.clip_range_vf > 0:
-            raise ValueError(f"clip_range_vf must be positive, or None for no clipping, got {self.clip_range_vf}")
+        for name, (fits, wanted) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not callable(value) and (isinstance(value, str) or not fits(value)):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
     def _check_policy(self) -> None:
         policy, ancestors = self.policy_class, self.policy_class.__mro__
@@ -446,7 +459,9 @@ class SAFE(OnPolicyAlgorithm):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
-        self._finished_returns += [float(info["episode"]["r"]) for info in infos if "episode" in info]
+        # A wrapper may keep from training what a Monitor has seen: one infinite return would stay in every average.
+        returns = (float(info["episode"]["r"]) for info in infos if "episode" in info)
+        self._finished_returns += [value for value in returns if abs(value) <= LARGEST_RETURN]
 
     @th.no_grad()
     def _observe_rollout(self) -> None:
@@ -656,13 +671,13 @@ class SAFE(OnPolicyAlgorithm):
         excess = []
         for parameters, limit in limits:
             trained = [parameter for parameter in parameters if parameter.grad is not None]
-            norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)
+            norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained])
             if not math.isfinite(norm.item()):
                 return False
             if norm.item() > limit:
                 excess.append((trained, limit, norm))
         for trained, limit, norm in excess:
-            th.nn.utils.clip_grads_with_norm_(trained, limit, norm, foreach=True)
+            th.nn.utils.clip_grads_with_norm_(trained, limit, norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale
@@ -689,8 +704,10 @@ class SAFE(OnPolicyAlgorithm):
         :param kls: KL to the rollout policy in the minibatches of the update, nats per action, each before its step.
         :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
         """
+        if self.max_preview_kl is None:
+            return 1.0
         # Measuring the whole rollout takes as long as a third of an epoch: only where the last step could matter.
-        if self.max_preview_kl is None or surely_within(kls, self.max_preview_kl):
+        if self.batch_size >= MIN_TELLING and surely_within(kls, self.max_preview_kl):
             return 1.0
         return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, self.max_preview_kl)
 
@@ -704,7 +721,8 @@ class SAFE(OnPolicyAlgorithm):
         count = 0
         for batch in self.rollout_buffer.in_order(self.batch_size):
             log_prob = self.policy.evaluate(batch.observations, batch.actions).log_prob
-            total = total + functional.k3(log_prob - batch.old_log_prob).double().sum().cpu()
+            # In double precision, which not every device has.
+            total = total + functional.k3(log_prob - batch.old_log_prob).cpu().double().sum()
             count += len(log_prob)
         return float(total) / count
 
@@ -797,12 +815,28 @@ class SAFE(OnPolicyAlgorithm):
         """
         model = super().load(path, env, *args, **kwargs)
         model._place_normalizer()
+        model._compare_advertised()
         return model
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """See ``BaseAlgorithm.set_env``, and :meth:`load`."""
+        """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, as for :meth:`load`."""
+        normalizer = self._normalizer or copy.deepcopy(self._vec_normalize_env)  # a copy is around no environment
         super().set_env(env, force_reset)
+        self._normalizer = normalizer
         self._place_normalizer()
+        self._compare_advertised()
+
+    def _compare_advertised(self) -> None:
+        """Warn where an environment asks for another policy than the one that was built asks for."""
+        if not self._advertised or self.env is None:
+            return
+        for name, value in environments.advertised_policy_kwargs(self.env).items():
+            if value not in (self._advertised.get(name), self.policy_kwargs.get(name)):
+                warnings.warn(
+                    f"this environment is for a policy with {name}={value!r}; the model's goes on with "
+                    f"{self.policy_kwargs.get(name)!r}, unless load() is given other policy_kwargs in custom_objects",
+                    stacklevel=3,
+                )
 
     def _place_normalizer(self) -> None:
         if self._normalizer is None:

@@ -31,6 +31,8 @@ SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed":
         ({"env": "CartPol-v1"}, ["env", "CartPol-v1", "Did you mean: `CartPole`"]),
         ({"env": "no_such_module:CartPole-v1"}, ["env", "no_such_module"]),
         ({"policy": "MlpPolcy"}, ["policy", "MlpPolcy", "MlpPolicy"]),
+        ({"policy": "CartPole-v1", "env": TinyEnv()}, ["policy", "CartPole-v1", "not a policy", "MlpPolicy"]),
+        ({"policy": TinyEnv(), "env": None}, ["policy", "MlpPolicy", "environment id"]),
         ({"env": None}, ["env", "missing"]),
         ({"env": "Tiny-dict-discrete-v0"}, ["MultiInputPolicy"]),
         ({"policy": "CnnPolicy"}, ["CnnPolicy"]),
@@ -40,6 +42,7 @@ SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed":
         ({"n_steps": 1, "n_envs": 1}, ["n_steps", "n_envs"]),
         ({"n_steps": 0}, ["n_steps"]),
         ({"batch_size": 1}, ["batch_size"]),
+        ({"batch_size": 0, "normalize_advantage": False}, ["batch_size"]),
         ({"n_epochs": 0}, ["n_epochs"]),
         ({"policy_kwargs": {"soft_min_alpha": -1.0}}, ["soft_min_alpha"]),
         ({"policy_kwargs": {"n_critics": 0}}, ["n_critics"]),
@@ -52,7 +55,9 @@ SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed":
         ({"kl_controller_kwargs": {"strength": 1}}, ["kl_controller_kwargs", "strength"]),
         ({"kl_controller_kwargs": {"coef": -1}}, ["coef"]),
         ({"kl_controller_kwargs": "dict(coef=1)"}, ["kl_controller_kwargs", "dict(coef=1)", "mapping"]),
+        ({"kl_controller_kwargs": {"warmup": "long"}}, ["kl_controller_kwargs"]),
         ({"huber_delta": 0.0}, ["huber_delta", "None"]),
+        ({"huber_delta": "1e-1"}, ["huber_delta", "'1e-1'"]),
         ({"critic_tau": 0.0}, ["critic_tau"]),
         ({"critic_tau": 1.5}, ["critic_tau"]),
         ({"max_preview_kl": -0.5}, ["max_preview_kl", "None"]),
@@ -136,6 +141,31 @@ def test_a_reward_that_is_not_finite_is_traced_and_leaves_the_last_good_model(tm
     assert model.controller.metrics() == controller
 
 
+class RawReturn(gym.Wrapper[Any, Any, Any, Any]):
+    """Trained on rewards as they should be, while a Monitor has seen what they were before: one is not finite."""
+
+    def __init__(self, env: gym.Env[Any, Any], value: float, episode: int) -> None:
+        super().__init__(env)
+        self.value, self.episode, self.count = value, episode, 0
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        if "episode" in info:
+            self.count += 1
+            if self.count == self.episode:
+                info["episode"] = info["episode"] | {"r": self.value}
+        return observation, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("episode", [1, 20])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200])
+def test_a_raw_return_that_is_not_finite_does_not_stay_in_the_controller(value: float, episode: int):
+    env = make_vec_env(TinyEnv, 2, wrapper_class=RawReturn, wrapper_kwargs={"value": value, "episode": episode})
+    model = SAFE("MlpPolicy", env, kl_controller_kwargs={"warmup": 2, "window": 2}, **SMALL).learn(512)
+    assert model.controller.n_updates == 8
+    assert all(map(math.isfinite, model.controller.metrics().values()))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("actions", ACTIONS)
 def test_an_observation_that_is_not_finite_is_traced_and_leaves_the_last_good_model(
@@ -188,6 +218,7 @@ def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: An
 @pytest.mark.parametrize(("what", "named"), [(poison, "the loss"), (poison_gradient, "the gradient")])
 def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
     model, before = after_two_rollouts()
+    rewards = list(model.controller.rewards)
     intact = model._gradient
     what(model, lambda number: number >= 3)
     with pytest.raises(
@@ -197,6 +228,7 @@ def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
     for name, tensor in model.policy.state_dict().items():
         assert th.equal(tensor, before[name]), name
     assert any("saved to" in note for note in caught.value.__notes__)
+    assert list(model.controller.rewards) == rewards
     model._gradient = intact  # type: ignore[method-assign]
     model.learn(64, reset_num_timesteps=False)
 

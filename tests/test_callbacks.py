@@ -14,7 +14,7 @@ from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from sb3_safe import SAFE, ProgressCallback, StabilityCallback
+from sb3_safe import SAFE, FixedKL, ProgressCallback, StabilityCallback
 from sb3_safe.callbacks import episode_columns, read_json_lines, write_json_lines
 
 ALWAYS = {"timesteps", "seconds", "episodes", "entropy", "update_kl", "explained_variance", "clip_fraction"}
@@ -92,6 +92,20 @@ def test_a_row_holds_the_update_that_was_made_on_its_rollout(algorithm: type[Any
         assert row["explained_variance"] == pytest.approx(float(dump["train/explained_variance"]))
     assert len({row["update_kl"] for row in callback.rows}) == 4
     assert {"stability/crashes", "stability/kl_spikes", "stability/entropy_floor_hits"} <= set(recorder.dumps[-1])
+
+
+class Wordy(FixedKL):
+    def metrics(self) -> dict[str, float]:
+        return super().metrics() | {"reward": -1.0, "own": 2.0}
+
+
+def test_a_controller_of_ones_own_adds_columns_and_replaces_none() -> None:
+    rows = []
+    for controller in (FixedKL, Wordy):
+        callback = StabilityCallback()
+        make(SAFE, kl_controller=controller, kl_controller_kwargs={"coef": 0.1}).learn(256, callback=callback)
+        rows.append([{name: value for name, value in row.items() if name != "seconds"} for row in callback.rows])
+    assert rows[1] == [row | {"own": 2.0} for row in rows[0]]
 
 
 def test_entropy_is_per_action_dimension(tmp_path: Path) -> None:

@@ -265,7 +265,8 @@ def test_loss_gradient_and_statistics_are_those_of_autograd(env_id: str, setting
     policy, parameters = model.policy, model._trainable()
     model.policy.optimizer.zero_grad()
     found = policy.fast_gradient(batch, model._objective())
-    ours = [parameter.grad for parameter in parameters]
+    ours = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    without = [p.grad is None for p in parameters]
     policy._fast = None
     model.policy.optimizer.zero_grad()
     advantages = functional.normalize(batch.advantages) if model.normalize_advantage else batch.advantages
@@ -273,6 +274,7 @@ def test_loss_gradient_and_statistics_are_those_of_autograd(env_id: str, setting
     loss.backward()
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert_equal(ours, [th.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    assert without == [p.grad is None for p in parameters]  # to an optimizer zero is a gradient
 
 
 def test_gradients_of_minibatches_add_up():
@@ -319,6 +321,38 @@ def test_trained_features_are_left_to_autograd():
     assert model.policy.fast_gradient(batch, model._objective()) is None
     model.policy.features_extractor.requires_grad_(False)
     assert model.policy.fast_gradient(batch, model._objective()) is not None
+
+
+class Embedding(TwinCriticPolicy):
+    """Makes features of a layer that is no part of the features extractor."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.embedding = nn.Linear(4, 4)
+        super()._build(lr_schedule)
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return self.embedding(super().extract_features(obs, features_extractor))
+
+
+def test_what_a_policy_makes_features_of_is_trained():
+    model = SAFE(Embedding, "CartPole-v1", n_steps=32, batch_size=16, seed=0)
+    before = model.policy.embedding.weight.detach().clone()
+    model.learn(32)
+    assert not th.equal(model.policy.embedding.weight, before)
+
+
+@pytest.mark.parametrize("where", ["parameter", "accumulated", "module"])
+def test_hooks_on_gradients_are_called(where: str):
+    model = SAFE("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=16, seed=0)
+    head, calls = model.policy.action_net, []
+    register = {
+        "parameter": head.weight.register_hook,
+        "accumulated": head.weight.register_post_accumulate_grad_hook,
+        "module": head.register_full_backward_hook,
+    }
+    register[where](lambda *_: calls.append(where))  # type: ignore[func-returns-value]
+    model.learn(32)
+    assert len(calls) > 1
 
 
 class OwnLoss(SAFE):
@@ -474,7 +508,8 @@ def test_acting_and_training_multiply_on_one_thread(openblas: TwoThreads, monkey
         return layers(*args)
 
     monkeypatch.setattr(FastMlp, "_layers", counted)
-    SAFE("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=4, n_epochs=1, seed=0, device="cpu").learn(8)
+    settings = {"n_steps": 8, "batch_size": 4, "n_epochs": 1, "max_preview_kl": None}
+    SAFE("MlpPolicy", "CartPole-v1", device="cpu", **settings).learn(8)
     assert len(threads) == 8 + 2  # steps, minibatches
     policy, _ = both()
     policy.evaluate(observations(), some_actions(policy.action_space, 5)).values.sum().backward()

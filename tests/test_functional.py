@@ -84,6 +84,13 @@ def test_soft_min_of_a_large_finite_temperature_is_the_mean_in_single_precision(
         assert functional.soft_min(values, temperature).item() == pytest.approx(expected, abs=2e-6)
 
 
+def test_a_traced_soft_min_has_only_operations_that_onnx_has():
+    values = th.tensor([[1.0, 2.0], [3.0, -5.0]])
+    traced = th.jit.trace(lambda tensor: functional.soft_min(tensor, 0.3), (values,))
+    th.testing.assert_close(traced(2 * values), functional.soft_min(2 * values, 0.3))
+    assert not {"aten::expm1", "aten::log1p"} & {node.kind() for node in traced.graph.nodes()}
+
+
 def test_two_critics_a_distance_apart_cost_its_square_over_eight_temperatures():
     distance, temperature = 0.2, 0.3
     soft = functional.soft_min(values_of([1.0, 1.0 + distance]), temperature).item()

@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
+from sb3_safe import SAFE
 from sb3_safe.parallel_mlp import ParallelMlp, SerialMlp
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.tiny_envs import ACTIONS, OBSERVATIONS
@@ -369,6 +370,16 @@ def test_a_distribution_of_ones_own_is_used_everywhere():
     assert all(not (actions == 0).any() for actions in taken)
     allowed = th.cat([policy.evaluate(obs[:9], th.full((9,), float(action))).log_prob for action in (1, 2)])
     np.testing.assert_allclose(allowed.detach().exp().reshape(2, 9).sum(0), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["initial", "rollout"])
+def test_a_distribution_of_ones_own_is_trained(reference: Any):
+    model = SAFE(
+        MaskedPolicy, "Tiny-vector-discrete-v0", n_steps=64, batch_size=32, kl_reference=reference, max_preview_kl=1e-9
+    )
+    before = model.policy.action_net.weight.detach().clone()
+    model.learn(128)
+    assert not th.equal(model.policy.action_net.weight, before)
 
 
 class Squashed:

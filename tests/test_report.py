@@ -56,6 +56,12 @@ def test_phases_are_shaded_behind_the_curves(tmp_path: Path) -> None:
             assert color not in without[name]
 
 
+def test_what_a_controller_of_ones_own_calls_a_phase_is_not_shaded(tmp_path: Path) -> None:
+    rows = [row | {"phase": 7.0} for row in run(phases=False)]
+    page = write_report({"one": rows}, tmp_path / "report.html").read_text()
+    assert figures(page) == figures(write_report({"one": run(phases=False)}, tmp_path / "without.html").read_text())
+
+
 def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     page = write_report({"safe": run(), "ppo": run(phases=False)}, tmp_path / "report.html").read_text()
     assert "<th></th><th>safe</th><th>ppo</th>" in page
@@ -151,7 +157,6 @@ def test_errors_of_the_command_name_the_folder_and_what_is_missing(
         ("stability.jsonl", '{"reward": 1.0}'),
         ("stability.jsonl", "[1, 2]"),
         ("stability.jsonl", '{"timesteps": 20.0, "reward": null}'),
-        ("stability.jsonl", '{"timesteps": 20.0, "phase": 7}'),
         ("samples.jsonl", '{"timesteps": 0, "completion": "", "reward": 1.0}'),
         ("samples.jsonl", '{"timesteps": 0, "prompt": "", "completion": "", "reward": "high"}'),
     ],

@@ -377,6 +377,20 @@ def test_statistics_survive_a_model_without_environment_and_come_with_the_next(t
         np.testing.assert_array_equal(restored.obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
         assert loaded.env is restored
     assert model._normalizer is None
-    plain = pendulum()
-    model.set_env(plain)  # of a model that has had its own, only what it is told
-    assert model.env is plain
+
+
+def test_statistics_go_along_to_the_next_environment():
+    first = VecNormalize(pendulum())
+    model = SAFE("MlpPolicy", first, **SETTINGS).learn(64)
+    model.set_env(pendulum())
+    second = model.get_vec_normalize_env()
+    assert second is not None
+    assert second is not first
+    np.testing.assert_array_equal(second.obs_rms.mean, first.obs_rms.mean)
+    mean = first.obs_rms.mean.copy()
+    model.learn(64, reset_num_timesteps=False)
+    assert not np.array_equal(second.obs_rms.mean, mean)
+    np.testing.assert_array_equal(first.obs_rms.mean, mean)
+    mine = VecNormalize(pendulum())
+    model.set_env(mine)
+    assert model.env is mine

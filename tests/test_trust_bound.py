@@ -150,6 +150,13 @@ def test_a_leap_of_the_last_step_is_walked_back_though_no_minibatch_measured_it(
     assert model.kls[0] <= 0.05 * (1 + 1e-4)
 
 
+def test_minibatches_of_a_few_actions_do_not_vouch_for_the_rest():
+    settings = {"n_steps": 3, "batch_size": 2, "n_epochs": 1, "learning_rate": 0.3, "max_preview_kl": 0.02, "seed": 2}
+    model = watched("Acrobot-v1", **settings).learn(6 * 40)
+    assert max(model.kls) <= 0.02 * 1.01
+    assert max(model.kept) == 1
+
+
 def test_a_bound_below_rounding_ends_and_keeps_the_old_parameters():
     model, _ = learned(max_preview_kl=1e-30)
     collect(model)

@@ -1,6 +1,7 @@
 """Slots, sampling, suppression, heads, reference."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,23 @@ def test_save_and_load_keep_policy_reference_and_controller(env_kwargs: dict[str
         )
     loaded.learn(13 * 6 * 2, reset_num_timesteps=False)
     assert loaded.num_timesteps == model.num_timesteps + 13 * 6 * 2
+
+
+def test_an_environment_that_asks_for_another_policy_than_was_saved_is_warned_of(
+    env_kwargs: dict[str, Any], tmp_path: Any
+) -> None:
+    model = text_model(env_kwargs)
+    model.save(tmp_path / "model")
+    longer = environments.make("TextGenEnv-v0", 6, env_kwargs | {"min_new_tokens": 2})
+    wanted = {"policy_kwargs": model.policy_kwargs | {"min_new_tokens": 2}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SAFE.load(tmp_path / "model", env=model.get_env())
+        SAFE.load(tmp_path / "model", env=longer, custom_objects=wanted)
+    with pytest.warns(UserWarning, match=r"min_new_tokens=2.* goes on with 0.*custom_objects"):
+        SAFE.load(tmp_path / "model", env=longer)
+    with pytest.warns(UserWarning, match="min_new_tokens=2"):
+        model.set_env(longer)
 
 
 def test_trust_bound_holds_for_absurd_learning_rates(env_kwargs: dict[str, Any]) -> None:
