@@ -271,6 +271,9 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
         self._vector = TextGenVectorEnv(1, **arguments)
         self.render_mode = self._vector.render_mode
         self.tokenizer = self._vector.tokenizer
+        #: Numbers of prompts cut and left out because of their length.
+        self.prompts_truncated = self._vector.prompts_truncated
+        self.prompts_skipped = self._vector.prompts_skipped
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
         of_vector = ("autoreset_mode", "reports_episodes")

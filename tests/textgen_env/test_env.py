@@ -260,6 +260,15 @@ def test_each_prompt_is_given_to_several_texts_of_a_single_environment_too() -> 
     assert set(seen[:4]) == set(seen[4:]) == {"Hotel review:", "Phone review:"}
 
 
+def test_both_forms_count_the_prompts_that_were_cut_or_left_out() -> None:
+    prompts = ["Hotel review:", "Review of a hotel: The room", "Review of a hotel: The bed"]
+    for env in (vector_env, single_env):
+        cut = env(prompts=prompts, max_prompt_tokens=4, long_prompts="truncate")
+        assert (cut.prompts_truncated, cut.prompts_skipped) == (2, 0)
+        left_out = env(prompts=prompts, max_prompt_tokens=4, long_prompts="skip")
+        assert (left_out.prompts_truncated, left_out.prompts_skipped) == (0, 2)
+
+
 def test_reset_options_force_the_prompts_and_count_them() -> None:
     envs = vector_env(2)
     observation, _ = envs.reset(options={"prompts": ["Hotel review:", {"prompt": "Phone review:", "extra": 1}]})
