@@ -244,12 +244,12 @@ def shared_prompt(chosen: str | Messages, rejected: str | Messages) -> str | Mes
     """The prompt of a preference pair: what both sides begin with.
 
     Of transcripts only as far as the last `Assistant:` of it, since two answers may begin alike; where there is none,
-    as far as the last one of `chosen`.
+    as far as the last one of `chosen`. Of messages never the last one of a side: that is its answer.
     """
     # Prefixes are equal up to some length and unequal from there on.
     same = bisect_left(range(min(len(chosen), len(rejected))), True, key=lambda n: chosen[: n + 1] != rejected[: n + 1])
     if not isinstance(chosen, str):
-        return [dict(message) for message in chosen[:same]]
+        return [dict(message) for message in chosen[: min(same, len(chosen) - 1, len(rejected) - 1)]]
     answer = "\n\nAssistant:"
     turn = chosen.rfind(answer, 0, same)
     if turn < 0:

@@ -81,6 +81,8 @@ def test_preference_data_without_prompts_gives_what_both_sides_share() -> None:
     assert shared_prompt(start + " well", start + " well") == start
     answers = [[*CHAT, {"role": "assistant", "content": word}] for word in ("good", "bad")]
     assert shared_prompt(*answers) == CHAT
+    assert shared_prompt(answers[0], answers[0]) == CHAT
+    assert shared_prompt([*answers[0], *CHAT, answers[1][-1]], answers[0]) == CHAT
     assert read([{"chosen": start + " yes", "rejected": start + " no"}])[0].value == start
 
 
