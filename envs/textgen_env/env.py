@@ -320,9 +320,9 @@ class TextGenEnv(gymnasium.Env[Observation, np.int64]):
 
 
 def _longest_of_each_kind(prompts: Sequence[Prompt]) -> list[str | Messages]:
-    """The longest prompt among chats, transcripts, and other strings."""
+    """The longest prompt, as reward functions see it, among chats, transcripts, and other strings."""
     longest: dict[str, Prompt] = {}
-    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+    for prompt in sorted(prompts, key=lambda prompt: prompt.shown):
         if isinstance(prompt.value, str):
             longest["transcript" if is_transcript(prompt.value) else "text"] = prompt
         else:

@@ -36,11 +36,13 @@ class Prompt:
     :param value: the text, or the chat messages.
     :param ids: its tokens, [P].
     :param columns: what else its row of the data holds, for reward functions.
+    :param shown: tokens of `value`: more than P for a chat that was cut, which reward functions see whole.
     """
 
     value: str | Messages
     ids: NDArray[np.int64]
     columns: Mapping[str, Any]
+    shown: int
 
 
 class PromptReader:
@@ -92,6 +94,7 @@ class PromptReader:
         for index, (row, value, ids) in enumerate(zip(rows, values, self._tokenise(values), strict=True)):
             if not ids:
                 raise ValueError(f"prompts[{index}] is empty: it has no tokens; remove it or add text")
+            shown = len(ids)
             if self._max_tokens is not None and len(ids) > self._max_tokens:
                 if self._long_prompts == "error":
                     raise ValueError(
@@ -103,9 +106,10 @@ class PromptReader:
                     continue
                 self.truncated += 1
                 ids, text = self._truncate(ids)
-                value = text if isinstance(value, str) else value
+                if isinstance(value, str):
+                    value, shown = text, len(ids)
             columns = {key: item for key, item in row.items() if key != self._column}
-            prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), columns))
+            prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), columns, shown))
         if self.truncated or self.skipped:
             _log.warning("long prompts: %d truncated on the left, %d skipped", self.truncated, self.skipped)
         if not prompts:

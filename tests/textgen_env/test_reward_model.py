@@ -355,6 +355,18 @@ def test_prompts_that_leave_the_reward_model_no_room_are_refused_before_the_firs
         model(["Hotel review:" * 9], [""])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_chat_that_is_too_long_to_be_scored_is_refused_although_the_policy_gets_its_end_alone(
+    order: int, tmp_path: Path, language_model: str
+) -> None:
+    folder = checkpoints.reward_model(tmp_path, max_position_embeddings=64)
+    chats = [[{"role": "user", "content": " ".join([QUESTION] * times)}] for times in (2, 40)]
+    arguments = {"model": language_model, "reward_model": folder, "max_prompt_tokens": 8, "long_prompts": "truncate"}
+    with pytest.raises(ValueError, match=r"takes 64 tokens but a prompt has \d+"):
+        TextGenVectorEnv(1, prompts=chats[::order], max_new_tokens=4, **arguments)
+    TextGenVectorEnv(1, prompts=chats[:1], max_new_tokens=4, **arguments)
+
+
 def test_an_adapter_with_its_head_is_a_reward_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = checkpoints.language_model(tmp_path / "base", "llama")
