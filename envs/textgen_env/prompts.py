@@ -72,6 +72,7 @@ class PromptReader:
         if prompt_format not in ("text", "chat"):
             raise ValueError(f"prompt_format={prompt_format!r} must be 'text' or 'chat'")
         self._tokenizer = vocabulary.tokenizer
+        self._end_ids = vocabulary.end_ids
         self._column = column
         self._max_tokens = max_tokens
         self._long_prompts = long_prompts
@@ -147,7 +148,7 @@ class PromptReader:
         return ids[:begin] + rest, self._tokenizer.decode(rest)
 
     def _tokenise(self, values: Sequence[str | Messages]) -> list[list[int]]:
-        """Token ids of each prompt; texts get the tokenizer's special tokens, chats their template's."""
+        """Token ids of each prompt; texts get the special tokens that begin a text, chats their template's."""
         chats = [index for index, value in enumerate(values) if not isinstance(value, str)]
         if chats and not self._tokenizer.chat_template:
             raise ValueError(
@@ -157,10 +158,12 @@ class PromptReader:
         ids: list[list[int]] = [[] for _ in values]
         texts = [index for index, value in enumerate(values) if isinstance(value, str)]
         if texts:
+            # The policy is to go on; an end token that is part of the text itself stays.
+            ended = self._ends("a") and not self._ends("a", add_special_tokens=False)
             for index, row in zip(
                 texts, self._tokenizer([values[i] for i in texts], verbose=False)["input_ids"], strict=True
             ):
-                ids[index] = row
+                ids[index] = row[:-1] if ended else row
         if chats:
             try:
                 rendered = self._tokenizer.apply_chat_template(
@@ -173,6 +176,10 @@ class PromptReader:
             ):
                 ids[index] = row
         return ids
+
+    def _ends(self, text: str, **arguments: bool) -> bool:
+        """Whether the tokenizer makes an end token the last of a text."""
+        return self._tokenizer(text, **arguments)["input_ids"][-1:] in [[end] for end in self._end_ids]
 
 
 class Deck:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from textgen_env.prompts import Deck, Prompt, PromptReader, shared_prompt
 from textgen_env.vocabulary import load_vocabulary
+from tokenizers import processors
 
 from tests.textgen_env import checkpoints
 from tests.textgen_env.checkpoints import HH_MESSAGES, HH_PROMPT
@@ -30,6 +31,18 @@ def test_strings_are_tokenised_as_they_are(tokenizer: Any) -> None:
     assert prompt.value == "Review of a hotel: The"
     assert prompt.ids.tolist() == tokenizer("Review of a hotel: The")["input_ids"]
     assert prompt.columns == {}
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt(tokenizer: Any) -> None:
+    plain = tokenizer("Hotel review:")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("Hotel review:")["input_ids"] == [*plain, tokenizer.eos_token_id]
+    prompts = read(["Hotel review:", "Hotel review:<eos>"], tokenizer=tokenizer)
+    assert [prompt.ids.tolist() for prompt in prompts] == [plain, [*plain, tokenizer.eos_token_id]]
+    with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
+        read([""], tokenizer=tokenizer)
 
 
 def test_messages_go_through_the_chat_template_with_a_generation_prompt(tokenizer: Any) -> None:
