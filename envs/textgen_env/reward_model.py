@@ -65,7 +65,7 @@ class RewardModel:
         self._column = column
         config = model.config.get_text_config()
         self._pad_id: int | None = config.pad_token_id
-        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        self._context = _positions(model, config)
         # A wrong kind of model should fail now, not after a rollout.
         chat = [{"role": "user", "content": "a"}] if tokenizer.chat_template else "a"
         self.check(chat, new_tokens=0)
@@ -193,6 +193,19 @@ class RewardModel:
             ) from error
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _positions(model: torch.nn.Module, config: Any) -> int | None:
+    """The most tokens that a model takes, None where its configuration does not say.
+
+    Models of RoBERTa's kind number positions from the one after that of padding.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            if positions is not None and module.padding_idx is not None:
+                positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+    return positions
 
 
 def load_classifier(name: str, device: str = "auto", model_kwargs: Mapping[str, Any] | None = None) -> Any:

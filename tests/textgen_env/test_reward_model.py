@@ -12,8 +12,12 @@ from textgen_env.reward_model import load_classifier
 from textgen_env.rewards import make_reward
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    MPNetConfig,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -355,6 +359,24 @@ def test_prompts_that_leave_the_reward_model_no_room_are_refused_before_the_firs
         model(["Hotel review:" * 9], [""])
 
 
+@pytest.mark.parametrize("kind", [RobertaConfig, MPNetConfig, BertConfig])
+def test_the_longest_text_that_a_model_of_another_architecture_takes_is_scored_and_a_longer_one_refused(
+    kind: Any, tokenizer: Any
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = kind(**sizes, vocab_size=1024, max_position_embeddings=20, num_labels=1, pad_token_id=1)
+    tokenizer.chat_template = None
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config), tokenizer)
+    longest = 20 if kind is BertConfig else 18
+    (word,) = tokenizer(" room")["input_ids"]
+    assert np.isfinite(model.score([[word] * longest, [word]])).all()
+    model.check(" room" * (longest - 5), new_tokens=5)
+    with pytest.raises(ValueError, match=rf"takes {longest} tokens but a text has {longest + 1}"):
+        model.score([[word] * (longest + 1)])
+    with pytest.raises(ValueError, match=rf"takes {longest} tokens but a prompt has {longest - 4} and 5 may be"):
+        model.check(" room" * (longest - 4), new_tokens=5)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_chat_that_is_too_long_to_be_scored_is_refused_although_the_policy_gets_its_end_alone(
     order: int, tmp_path: Path, language_model: str
@@ -370,8 +392,6 @@ def test_a_chat_that_is_too_long_to_be_scored_is_refused_although_the_policy_get
 def test_an_adapter_with_its_head_is_a_reward_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = checkpoints.language_model(tmp_path / "base", "llama")
-    from transformers import AutoModelForSequenceClassification
-
     whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     adapted = peft.get_peft_model(whole, peft.LoraConfig(task_type="SEQ_CLS", r=2))
     adapted.save_pretrained(tmp_path / "adapter")
