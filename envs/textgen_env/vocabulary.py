@@ -42,7 +42,8 @@ def load_vocabulary(
     :raises ValueError: files that are missing or broken, code of the model's own that is not allowed, no causal
         language model, no eos token, no pad token, or a tokenizer with more tokens than the model has embeddings.
     """
-    config = _load_config(model, model_kwargs)
+    whole_config = _load_config(model, model_kwargs)
+    config = whole_config.get_text_config()
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, "tokenizer", model, "model", model_kwargs)
     if tokenizer.eos_token_id is None:
@@ -67,7 +68,7 @@ def load_vocabulary(
     return Vocabulary(
         tokenizer=tokenizer,
         size=int(config.vocab_size),
-        end_ids=tuple(sorted({int(tokenizer.eos_token_id)} | _generation_ends(model, model_kwargs))),
+        end_ids=tuple(sorted({int(tokenizer.eos_token_id)} | _generation_ends(model, whole_config, model_kwargs))),
         pad_id=int(tokenizer.pad_token_id),
         context=getattr(config, "max_position_embeddings", None),
     )
@@ -112,13 +113,14 @@ def _load_config(model: str, model_kwargs: Mapping[str, Any] | None) -> Any:
                 raise ValueError(f"{own[0]} is code of its own, which needs trust_remote_code")
         elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
             raise ValueError(f"it is no causal language model: its configuration is a {type(config).__name__}")
-        return config.get_text_config()
+        return config
 
 
-def _generation_ends(model: str, model_kwargs: Mapping[str, Any] | None) -> set[int]:
+def _generation_ends(model: str, config: Any, model_kwargs: Mapping[str, Any] | None) -> set[int]:
     """The tokens at which `generate` ends a text: chat models often have one for a turn beside the eos token."""
     try:
-        ends = GenerationConfig.from_pretrained(resolve(model), **file_arguments(model_kwargs)).eos_token_id
-    except OSError:  # most models have no such file
-        return set()
+        generation = GenerationConfig.from_pretrained(resolve(model), **file_arguments(model_kwargs))
+    except OSError:  # without that file `generate` goes by the model's configuration
+        generation = GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

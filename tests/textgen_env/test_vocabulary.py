@@ -54,6 +54,15 @@ def test_a_text_ends_at_every_token_at_which_the_models_generate_would(tmp_path:
     assert rewards[0] == 0.0
 
 
+def test_without_a_generation_config_the_end_tokens_are_those_of_the_models_configuration(tmp_path: Path) -> None:
+    folder = checkpoints.language_model(tmp_path, "gemma", eos_token_id=[1, 4])
+    (tmp_path / "generation_config.json").unlink()
+    assert checkpoints.gemma_tokenizer().eos_token_id == 1
+    assert load_vocabulary(folder).end_ids == (1, 4)
+    edit_config(folder, eos_token_id=4)
+    assert load_vocabulary(folder).end_ids == (1, 4)
+
+
 def test_a_revision_is_that_of_the_model_and_not_of_another_tokenizer(
     qwen2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
