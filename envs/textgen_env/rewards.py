@@ -151,6 +151,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     names: list[str] = []
     for function in functions:
         name = getattr(function, "__name__", type(function).__name__)
+        name = name.lstrip("_") or "reward"  # gymnasium takes `_key` for the mask of `key`
         candidates = chain([name], (f"{name}_{number}" for number in count(2)))
         names.append(next(candidate for candidate in candidates if candidate not in names))
     return names

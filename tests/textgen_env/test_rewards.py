@@ -48,6 +48,29 @@ def test_parts_are_weighted_in_the_sum_and_reported_unweighted_under_unique_name
     assert parts[0]["quality"] == parts[0]["quality_2"] == 1.0
 
 
+def test_a_function_with_an_underscore_for_its_name_to_begin_with_is_reported_like_others() -> None:
+    def _length(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    def length(completions: list[str], **_: Any) -> list[float]:
+        return [2.0] * len(completions)
+
+    def _(completions: list[str], **_: Any) -> list[float]:
+        return [3.0] * len(completions)
+
+    functions = [_length, length, _, lambda completions, **_: [4.0] * len(completions)]
+    envs = TextGenVectorEnv(2, reward_model=functions)
+    envs.reset(seed=0)
+    infos = envs.step(np.array([1, 300]))[-1]
+    parts = {name: values for name, values in infos["final_info"]["reward_parts"].items() if name[0] != "_"}
+    assert {name: values[0] for name, values in parts.items()} == {
+        "length": 0.5,
+        "length_2": 2.0,
+        "reward": 3.0,
+        "<lambda>": 4.0,
+    }
+
+
 def test_none_means_not_applicable_but_every_text_needs_one_score() -> None:
     def short(completions: list[str], **_: Any) -> list[float | None]:
         return [1.0 if len(text) < 3 else None for text in completions]
