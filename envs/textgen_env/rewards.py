@@ -100,16 +100,28 @@ def make_reward(
 
     :param reward_model: a name, a loaded model, a function, or a list of these.
     :param tokenizer: of the reward models; None for each one's own.
-    :raises ValueError: a reward model that cannot be loaded, something else than these, or no part at all.
+    :raises ValueError: a reward model that cannot be loaded, something else than these, no part at all, or an argument
+        of reward models where there are only functions.
     """
     parts = [as_name(part) for part in (reward_model if isinstance(reward_model, list | tuple) else [reward_model])]
-    if column is not None and not any(isinstance(part, str | torch.nn.Module) for part in parts):
-        raise ValueError(f"reward_column={column} chooses a logit of a reward model, but reward_model names none")
+    are_models = [isinstance(part, str | torch.nn.Module) for part in parts]
+    of_models: dict[str, tuple[Any, Any]] = {
+        "reward_tokenizer": (tokenizer, None),
+        "reward_batch_size": (batch_size, 32),
+        "reward_device": (device, "auto"),
+        "reward_model_kwargs": (model_kwargs or None, None),
+        "reward_column": (column, None),
+    }
+    if not any(are_models):
+        for name, (value, default) in of_models.items():
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r:.100} is for reward models given by name or loaded, but reward_model names none: "
+                    "leave it out"
+                )
     functions = [
-        RewardModel(part, tokenizer, batch_size, device, model_kwargs, column)
-        if isinstance(part, str | torch.nn.Module)
-        else part
-        for part in parts
+        RewardModel(part, tokenizer, batch_size, device, model_kwargs, column) if is_model else part
+        for part, is_model in zip(parts, are_models, strict=True)
     ]
     for part in functions:
         if not callable(part):

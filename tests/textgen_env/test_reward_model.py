@@ -201,7 +201,7 @@ def test_several_logits_need_a_score_field_or_a_column(tokenizer: Any) -> None:
         RewardModel(model, tokenizer, column=3)
 
 
-def test_the_environment_hands_reward_column_on_and_refuses_it_for_functions(tmp_path: Path) -> None:
+def test_the_environment_hands_reward_column_on(tmp_path: Path) -> None:
     folder = checkpoints.reward_model(tmp_path, "llama", num_labels=2)
     with pytest.raises(ValueError, match="reward_column"):
         make_reward(folder)
@@ -209,8 +209,6 @@ def test_the_environment_hands_reward_column_on_and_refuses_it_for_functions(tmp
     envs.reset(seed=0)
     _, rewards, _, _, infos = envs.step(np.array([1]))
     assert rewards.tolist() == RewardModel(folder, column=1)([HH_PROMPT], infos["final_info"]["completion"])
-    with pytest.raises(ValueError, match=r"reward_column=1 .* names none"):
-        make_reward(lambda completions, **_: [0.0] * len(completions), column=1)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

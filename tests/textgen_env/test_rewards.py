@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from textgen_env import TextGenVectorEnv
+from textgen_env import RewardModel, TextGenVectorEnv
 from textgen_env.gold import gold_reward
 from textgen_env.rewards import RewardSum, make_reward
 
@@ -131,6 +131,27 @@ def test_functions_are_not_run_at_construction() -> None:
         raise AssertionError
 
     TextGenVectorEnv(1, reward_model=explosive).reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("reward_tokenizer", "some/tokenizer"),
+        ("reward_batch_size", 8),
+        ("reward_device", "cuda"),
+        ("reward_model_kwargs", {"dtype": "bfloat16"}),
+        ("reward_column", 0),
+    ],
+)
+def test_arguments_of_reward_models_are_refused_where_there_are_only_functions(argument: str, value: Any) -> None:
+    def zero(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    scorer = RewardModel("textgen_env:assets/reward_model")
+    for functions in (zero, [zero, scorer]):
+        with pytest.raises(ValueError, match=rf"^{argument}=.* reward_model names none: leave it out"):
+            TextGenVectorEnv(1, reward_model=functions, **{argument: value})
+    TextGenVectorEnv(1, reward_model=[zero, scorer.model], reward_batch_size=8)
 
 
 def test_the_gold_scorer_is_a_reward_function() -> None:
