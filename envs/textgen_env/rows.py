@@ -107,7 +107,7 @@ class TextRows:
         for row in over.tolist():
             end_token = self._vocabulary.tokenizer.decode([int(tokens[row])])
             self._endings[row] = end_token if ended[row] else stopped[row]
-        self._end_turns(over)
+        self._end_turns(over, stopped)
         return over if self._dialogue is None else self._answer(over, self._dialogue)
 
     def observe(self) -> Observation:
@@ -156,13 +156,17 @@ class TextRows:
         """The prompt and the text so far of a row, special tokens included."""
         return str(self._vocabulary.tokenizer.decode(self._ids[row, : self._lengths[row]].tolist()))
 
-    def _end_turns(self, rows: NDArray[np.int64]) -> None:
-        """Decode the turns that are over."""
+    def _end_turns(self, rows: NDArray[np.int64], stopped: Sequence[str | None]) -> None:
+        """Decode the turns that are over.
+
+        :param stopped: the stop string that ended the turn of each row, None where none did.
+        """
         before = [self._ids[row, : self._starts[row]].tolist() for row in rows.tolist()]
         written = [self._ids[row, self._starts[row] : self._lengths[row]].tolist() for row in rows.tolist()]
         texts = decode_completions(self._vocabulary.tokenizer, before, written)
         for row, text in zip(rows.tolist(), texts, strict=True):
-            self._turns[row].append(self._stops.cut(text))
+            # Without special tokens a text may contain a stop string that it did not contain as it was written.
+            self._turns[row].append(text if stopped[row] is None else self._stops.cut(text))
 
     def _answer(self, rows: NDArray[np.int64], dialogue: Dialogue) -> NDArray[np.int64]:
         """Append the environment's answers to rows whose turn is over; the rows that get none are finished."""

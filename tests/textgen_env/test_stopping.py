@@ -77,6 +77,16 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Any) -> None:
     assert (number, info["completion"], info["finish_reason"]) == (len(ids), "a cat", "stop")
 
 
+def test_a_string_whose_pieces_a_special_token_separates_neither_ends_nor_cuts_a_text(tokenizer: Any) -> None:
+    env = TextGenEnv(stop_strings=["it ran"], reward_model=zero, max_new_tokens=12)
+    env.reset(options={"prompt": "Hotel review: The"})
+    (pad,) = tokenizer("<pad>")["input_ids"]
+    ids = [*tokenizer(" dog, it")["input_ids"], pad, *tokenizer(" ran away")["input_ids"], tokenizer.eos_token_id]
+    assert len(ids) <= 12
+    number, info = write(env, ids)
+    assert (number, info["completion"], info["finish_reason"]) == (len(ids), " dog, it ran away", "stop")
+
+
 @given(text=st.text(max_size=12), string=st.text(min_size=1, max_size=4))
 def test_a_text_in_any_script_ends_as_soon_as_it_contains_the_string(text: str, string: str) -> None:
     env = TextGenEnv(stop_strings=[string], reward_model=zero, max_new_tokens=110, prompts=["Hotel review:"])
