@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from textgen_env.prompts import Prompt
+from textgen_env.prompts import Prompt, copied
 from textgen_env.transcripts import Messages
 
 Reply = Callable[..., Sequence[str | None]]
@@ -64,10 +64,10 @@ class Dialogue:
         :raises ValueError: a wrong number of answers, one that is neither a string nor None, or one that is too long.
         """
         replies: Any = self._reply(
-            prompts=[prompt.value for prompt in prompts],
+            prompts=copied([prompt.value for prompt in prompts]),
             completions=[completion_of(*pair) for pair in zip(prompts, turns, strict=True)],
-            turns=[list(texts) for texts in turns],
-            **columns_of(prompts),
+            turns=copied(list(turns)),
+            **copied(columns_of(prompts)),
         )
         if not isinstance(replies, Sequence) or isinstance(replies, str):
             raise ValueError(f"reply returned {replies!r:.100}: a list is needed, with one answer per conversation")

@@ -268,6 +268,18 @@ def shared_prompt(chosen: str | Messages, rejected: str | Messages) -> str | Mes
     return chosen[:same] if turn < 0 else chosen[: turn + len(answer)]
 
 
+def copied(value: Any) -> Any:
+    """A copy of data for a function of the user's, who may change it: lists and dicts in full, sets and arrays.
+
+    Anything else is returned as it is: strings and numbers cannot be changed, other objects may not bear a copy.
+    """
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value.copy() if isinstance(value, set | bytearray | np.ndarray) else value
+
+
 def _is_chat(value: Any) -> bool:
     return (
         bool(value)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from textgen_env.prompts import copied
 from textgen_env.resolve import as_name
 from textgen_env.reward_model import RewardModel
 from textgen_env.transcripts import Messages
@@ -58,7 +59,10 @@ class RewardSum:
         table = np.full((len(self._functions), len(completions)), np.nan)
         for row, (name, function) in zip(table, self._functions.items(), strict=True):
             values = function(
-                prompts=list(prompts), completions=list(completions), completion_ids=list(completion_ids), **columns
+                prompts=copied(list(prompts)),
+                completions=copied(list(completions)),
+                completion_ids=[list(ids) for ids in completion_ids],
+                **copied(dict(columns)),
             )
             row[:] = _checked(name, values, completions)
         applies = ~np.isnan(table)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgen_env.dialogue import Dialogue, columns_of, completion_of
-from textgen_env.prompts import Prompt
+from textgen_env.prompts import Prompt, copied
 from textgen_env.rewards import RewardSum
 from textgen_env.stopping import StopStrings
 from textgen_env.vocabulary import Vocabulary, decode_completions
@@ -140,7 +140,7 @@ class TextRows:
         infos = [
             {
                 "episode": {"r": float(rewards[i]), "l": int(self._written[row]), "t": seconds},
-                "prompt": prompts[i].value,
+                "prompt": copied(prompts[i].value),
                 "completion": ("" if isinstance(prompts[i].value, str) else "\n\n").join(turns[i]),
                 "reward_parts": parts[i],
                 "finish_reason": "stop" if stopped[i] else "length",

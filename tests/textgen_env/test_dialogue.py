@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,22 @@ def test_a_chat_goes_on_exactly_as_its_template_would_render_it(architecture: st
         chat += [{"role": "assistant", "content": "a cat"}, {"role": "user", "content": "and why"}]
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert text_of(envs, observation) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_what_a_reply_changes_of_its_arguments_changes_no_conversation(tmp_path: Path) -> None:
+    def vandal(prompts: Any, completions: Any, turns: Any, answers: Any, **_: Any) -> list[str]:
+        assert (len(prompts[0]), len(completions[0]), len(turns[0]), answers) == (3, 1, 1, [["a"]])
+        prompts[0].extend(completions[0])
+        turns[0].append("x")
+        answers[0].append("x")
+        return ["and why"]
+
+    folder = checkpoints.language_model(tmp_path)
+    prompts = [{"prompt": copy.deepcopy(HH_MESSAGES), "answers": ["a"]}]
+    envs = dialogue_env(model=folder, prompts=prompts, reply=vandal, max_reply_tokens=60)
+    envs.reset(seed=0)
+    for _ in range(2):
+        assert say(envs, [envs.tokenizer.eos_token_id] * 2)[2].tolist() == [True]
 
 
 def test_a_turn_that_was_too_long_gets_its_end_from_the_template(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,42 @@ def test_functions_get_columns_and_chats_as_messages() -> None:
         "completion_ids": [[1]],
         "answer": [42],
     }
+
+
+def test_what_a_function_changes_of_its_arguments_is_neither_the_next_ones_nor_the_next_texts() -> None:
+    seen: list[Any] = []
+
+    def vandal(prompts: Any, completions: Any, completion_ids: Any, answers: Any, table: Any, **_: Any) -> list[float]:
+        seen.append(copy.deepcopy([prompts, completions, completion_ids, answers, [list(value) for value in table]]))
+        prompts[0].extend(completions[0])
+        prompts[0][0]["content"] = ""
+        completions[0][0]["content"] = "mine"
+        completion_ids[0].clear()
+        answers[0]["right"].append("x")
+        answers.clear()
+        table[0] += 1
+        return [0.0]
+
+    row = {"prompt": copy.deepcopy(CHAT), "answers": {"right": ["a"]}, "table": np.zeros(2)}
+    envs = TextGenVectorEnv(1, prompts=[row], reward_model=[vandal, vandal])
+    envs.reset(seed=0)
+    infos = [envs.step(np.array([1]))[-1]["final_info"] for _ in range(2)]
+    assert seen == [[[CHAT], [[{"role": "assistant", "content": ""}]], [[1]], [{"right": ["a"]}], [[0.0, 0.0]]]] * 4
+    for info in infos:
+        assert (info["prompt"][0], info["completion_ids"][0]) == (CHAT, [1])
+        info["prompt"][0].clear()
+    assert envs.step(np.array([1]))[-1]["final_info"]["prompt"][0] == CHAT
+
+
+def test_a_column_may_hold_what_cannot_be_copied() -> None:
+    held = threading.Lock()
+
+    def is_held(lock: Any, **_: Any) -> list[float]:
+        return [float(lock[0][0] is held)]
+
+    envs = TextGenVectorEnv(1, prompts=[{"prompt": "a", "lock": [held]}], reward_model=is_held)
+    envs.reset(seed=0)
+    assert envs.step(np.array([1]))[1].tolist() == [1.0]
 
 
 def test_parts_are_weighted_in_the_sum_and_reported_unweighted_under_unique_names() -> None:
