@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from textgen_env.dialogue import Dialogue, Reply
 from textgen_env.prompts import Deck, LongPrompts, Prompt, PromptFormat, PromptReader
 from textgen_env.resolve import as_name
-from textgen_env.rewards import EMBEDDED_REWARD_MODEL, make_reward
+from textgen_env.rewards import EMBEDDED_REWARD_MODEL, is_finite, make_reward
 from textgen_env.rows import Observation, TextRows
 from textgen_env.stopping import StopStrings
 from textgen_env.transcripts import Messages, is_transcript
@@ -130,6 +130,8 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
                 raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
         if min_new_tokens > max_new_tokens:
             raise ValueError(f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}")
+        if not is_finite(missing_eos_penalty):
+            raise ValueError(f"missing_eos_penalty={missing_eos_penalty!r} must be a finite number, 0 for none")
         if reply is None and max_turns != 1:
             raise ValueError(f"max_turns={max_turns} needs reply=..., a function that answers between turns")
         model_name: str = as_name(model)
@@ -250,6 +252,8 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             return self._draw(self.num_envs)
         if "prompts" not in options:
             raise ValueError(f"options={options!r} must be {{'prompts': [...]}}, one prompt per row")
+        if options["prompts"] is None or isinstance(options["prompts"], str | PathLike):  # those name data elsewhere
+            raise ValueError(f"options['prompts']={options['prompts']!r} must be a list, one prompt per row")
         prompts = self._forced.read(options["prompts"])
         if len(prompts) != self.num_envs:
             raise ValueError(f"options['prompts'] has {len(prompts)} prompts for {self.num_envs} rows")

@@ -9,13 +9,15 @@ completion is everything after the prompt, and one more argument, `turns`, lists
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from inspect import signature
 from itertools import chain, count
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
 from textgen_env.prompts import copied
 from textgen_env.resolve import as_name
@@ -32,14 +34,19 @@ class RewardSum:
 
     :param functions: reward functions; each is called once per batch of finished texts.
     :param weights: one per function; None for 1 each.
-    :raises ValueError: no functions, or another number of weights.
+    :raises ValueError: no functions, another number of weights, or one that is not a finite number.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
         if not functions:
             raise ValueError("reward_model is empty: pass at least one reward function or model")
-        if weights is not None and len(weights) != len(functions):
-            raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions")
+        if weights is not None:
+            if not isinstance(weights, Collection) or not all(is_finite(weight) for weight in weights):
+                raise ValueError(
+                    f"reward_weights={weights!r} must be a list of finite numbers, one per reward function"
+                )
+            if len(weights) != len(functions):
+                raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions")
         self._functions = dict(zip(_unique_names(functions), functions, strict=True))
         self._weights = np.ones(len(functions)) if weights is None else np.asarray(weights, dtype=np.float64)
 
@@ -108,7 +115,7 @@ def make_reward(
         of reward models where there are only functions.
     """
     parts = [as_name(part) for part in (reward_model if isinstance(reward_model, list | tuple) else [reward_model])]
-    are_models = [isinstance(part, str | torch.nn.Module) for part in parts]
+    are_models = [_is_model(part) for part in parts]
     of_models: dict[str, tuple[Any, Any]] = {
         "reward_tokenizer": (tokenizer, None),
         "reward_batch_size": (batch_size, 32),
@@ -130,7 +137,28 @@ def make_reward(
     for part in functions:
         if not callable(part):
             raise ValueError(f"reward_model must be a name, a model, a function or a list of these, not {part!r}")
+        if isinstance(part, torch.nn.Module) and not _is_function(part):
+            raise ValueError(
+                f"reward_model: {type(part).__name__} is neither a model of transformers nor a reward function: give "
+                "its forward() the arguments prompts, completions and completion_ids, or wrap it in a function that "
+                "has them"
+            )
     return RewardSum(functions, weights)
+
+
+def _is_model(part: Any) -> bool:
+    """Whether a part of the reward is the name of a model, or a model of transformers."""
+    return isinstance(part, str) or (
+        isinstance(part, torch.nn.Module) and isinstance(getattr(part, "config", None), PreTrainedConfig)
+    )
+
+
+def _is_function(module: torch.nn.Module) -> bool:
+    """Whether a module can be called as a reward function is."""
+    parameters = signature(module.forward).parameters
+    return {"prompts", "completions", "completion_ids"} <= parameters.keys() or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _checked(name: str, values: Any, completions: Sequence[Any]) -> list[float]:
@@ -147,7 +175,7 @@ def _checked(name: str, values: Any, completions: Sequence[Any]) -> list[float]:
     if len(values) != len(completions):
         raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
     for index, value in enumerate(values):
-        if value is not None and not _is_finite(value):
+        if value is not None and not is_finite(value):
             raise ValueError(
                 f"reward function {name!r} returned {value!r} for completion {index} ({completions[index]!r}); "
                 "return a finite number, or None where it does not apply"
@@ -155,7 +183,7 @@ def _checked(name: str, values: Any, completions: Sequence[Any]) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether something is a number, and neither NaN nor infinite."""
     try:
         return math.isfinite(value)

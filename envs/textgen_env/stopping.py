@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
-        if isinstance(strings, str) or not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop_strings={strings!r} must be a list of strings that are not empty")
+        is_list = isinstance(strings, Collection) and not isinstance(strings, str)
+        if not is_list or not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop_strings={strings!r} must be a list of strings that are not empty, [] for none")
         self._strings = tuple(strings)
         self._tokenizer = tokenizer
         # Every token of a string spells at least one of its bytes, and its last one is new: no more need be decoded.

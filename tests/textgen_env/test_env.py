@@ -289,6 +289,12 @@ def test_reset_options_by_another_name_are_refused_instead_of_passed_over() -> N
     single_env().reset(options={})
 
 
+@pytest.mark.parametrize("prompts", ["Hotel review:", ASSETS / "prompts.jsonl", None])
+def test_the_prompts_of_a_reset_are_never_looked_up_elsewhere(prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"options\['prompts'\]=.* must be a list, one prompt per row"):
+        vector_env(1).reset(options={"prompts": prompts})
+
+
 def test_rendering_shows_prompt_and_text_so_far(tokenizer: Any) -> None:
     (token,) = tokenizer(" was")["input_ids"]
     env = single_env(render_mode="ansi")
@@ -336,6 +342,12 @@ def test_actions_of_wrong_shape_or_outside_the_vocabulary_are_refused(actions: l
         ({"long_prompts": "cut"}, "long_prompts='cut'"),
         ({"max_prompt_tokens": 2}, "more than max_prompt_tokens=2"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 entries for 1"),
+        ({"reward_weights": 0.5}, "reward_weights=0.5 must be a list of finite numbers"),
+        ({"reward_weights": [float("nan")]}, r"reward_weights=\[nan\] must be a list of finite numbers"),
+        ({"reward_weights": ["1"]}, r"reward_weights=\['1'\] must be a list of finite numbers"),
+        ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty=nan must be a finite number"),
+        ({"missing_eos_penalty": "1"}, "missing_eos_penalty='1' must be a finite number"),
+        ({"missing_eos_penalty": None}, "missing_eos_penalty=None must be a finite number, 0 for none"),
         ({"reward_model": []}, "reward_model is empty"),
         ({"reward_model": 3}, "reward_model must be"),
         ({"pad_token": "<nothing>"}, "pad_token='<nothing>' is not in the vocabulary"),

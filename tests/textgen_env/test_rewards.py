@@ -171,6 +171,20 @@ def test_functions_are_not_run_at_construction() -> None:
     TextGenVectorEnv(1, reward_model=explosive).reset(seed=0)
 
 
+def test_a_module_with_the_arguments_of_a_reward_function_is_one() -> None:
+    class Length(torch.nn.Linear):
+        def forward(self, completions: list[str], **_: Any) -> torch.Tensor:
+            return super().forward(torch.tensor([[float(len(text))] for text in completions]))
+
+    torch.manual_seed(0)
+    module = Length(1, 1)
+    totals, parts = total(make_reward(module), ["", ""], ["a", "abc"])
+    assert totals.tolist() == module(["a", "abc"]).flatten().tolist()
+    assert list(parts[0]) == ["Length"]
+    with pytest.raises(ValueError, match=r"reward_model: Linear is neither .* nor a reward function: .* completions"):
+        TextGenVectorEnv(1, reward_model=torch.nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

@@ -99,7 +99,7 @@ def test_a_text_in_any_script_ends_as_soon_as_it_contains_the_string(text: str, 
     assert info["completion"] == env.tokenizer.decode(ids[:number]).partition(string)[0]
 
 
-@pytest.mark.parametrize("strings", ["Human:", [""], [3]])
+@pytest.mark.parametrize("strings", ["Human:", [""], [3], 3, None, iter(["a"])])
 def test_anything_but_a_list_of_strings_is_refused(strings: Any) -> None:
     with pytest.raises(ValueError, match=r"stop_strings=.* must be a list of strings"):
         TextGenVectorEnv(1, stop_strings=strings, reward_model=zero)
