@@ -84,7 +84,9 @@ def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
     if not fits or inputs.dim() < 2 or inputs.numel() == 0 or th.is_autocast_enabled("cpu"):
         return linear(inputs, weight, bias)
     if th.is_grad_enabled():
-        return _Linear.apply(inputs, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+        # As rows: of more dimensions the product is a view, which a custom function's caller may not change in place.
+        rows = _Linear.apply(inputs.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return rows.unflatten(0, inputs.shape[:-1])  # type: ignore[no-any-return]
     return _product(inputs, _pack(layer) if layer in _packed else weight, bias)
 
 
@@ -103,7 +105,7 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 class _Linear(th.autograd.Function):
-    """The same with a gradient, whose two products are by oneDNN too."""
+    """The same of rows ``[n, in]`` with a gradient, whose two products are by oneDNN too."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,10 +116,9 @@ class _Linear(th.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         inputs, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         return (
             _product(gradient, weight.t()) if of_inputs else None,
-            _product(rows.t(), inputs.flatten(0, -2).t()) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            _product(gradient.t(), inputs.t()) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
         )

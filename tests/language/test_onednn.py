@@ -43,6 +43,23 @@ def test_values_and_gradients_are_those_of_pytorch(shape: tuple[int, ...], bias:
         np.testing.assert_allclose(one.detach(), other.detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (2, 1, 3, 8), (8,)])
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As OLMo clamps its queries."""
+    plain = nn.Linear(8, 6)
+    fast = copy.deepcopy(plain)
+    onednn.accelerate(fast)
+    inputs = th.randn(shape).requires_grad_()
+    results = []
+    for layer in (plain, fast):
+        y = layer(inputs)
+        y *= 2
+        y.clamp_(-1, 1)
+        results.append([y, *th.autograd.grad(y.square().sum(), [inputs, *layer.parameters()])])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one.detach(), other.detach(), atol=1e-5)
+
+
 def test_a_copy_computes_with_its_own_weights() -> None:
     layer = nn.Linear(4, 4)
     onednn.accelerate(layer)
