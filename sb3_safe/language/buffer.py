@@ -178,7 +178,8 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
         return pieces
 
     def _piece(self, segments: list[Segment], lengths: Indices, rows: Indices, offsets: Indices, width: int) -> Piece:
-        ids = np.zeros((int(rows.max()) + 1, width), dtype=np.int64)
+        # A token of the texts is padding too: at one that is embedded as zeros, the gradient of a norm would be NaN.
+        ids = np.full((int(rows.max()) + 1, width), segments[0].context[0])
         positions = np.zeros_like(ids)  # where there is padding, each 0 begins a text of its own that nobody reads
         cols, new_tokens, index = [], [], []
         for segment, n, row, offset in zip(segments, lengths.tolist(), rows, offsets.tolist(), strict=True):

@@ -65,6 +65,19 @@ def test_packed_ids_are_the_text_before_each_action(env_kwargs: dict[str, Any]) 
                 assert obs["position_ids"][rows[i + 1], cols[i + 1]] == obs["position_ids"][rows[i], cols[i]] + 1
 
 
+def test_rows_are_filled_up_with_a_token_of_their_texts(env_kwargs: dict[str, Any]) -> None:
+    """The embedding of token 0 may be zeros, where the gradient of a norm is NaN."""
+    buffer = rollout(text_model(env_kwargs))
+    for batch in buffer.get(20):
+        obs = batch.observations
+        rows, cols, ids = obs["rows"], obs["cols"], obs["input_ids"]
+        assert (obs["position_ids"][:, -1] == 0).any()
+        # What stands in a text is read by one of its actions, or before one that is.
+        begins = cols - obs["position_ids"][rows, cols]
+        written = np.concatenate([ids[r, b : c + 1] for r, b, c in zip(rows, begins, cols, strict=True)])
+        assert set(ids.flatten().tolist()) == set(written.tolist())
+
+
 def space() -> spaces.Dict:
     box = {"input_ids": spaces.Box(0, 9, (12,), np.int64)}
     lengths = {name: spaces.Box(0, 12, (1,), np.int64) for name in ("length", "prompt_length")}
