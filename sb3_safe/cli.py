@@ -120,7 +120,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     available = available_memory(options.device) if options.memory is None else parse_bytes(options.memory)
     if options.lora_rank is not None:
-        lora: dict[str, Any] | None = {"r": options.lora_rank, "lora_alpha": options.lora_rank}
+        lora: dict[str, Any] | None = {"r": options.lora_rank}
     else:
         lora = lora_arguments(False if options.full else "auto", options.model, {})
     on_cpu = options.device == "cpu"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sb3_safe.language.loading import model_size
 
-# The paper's, for Qwen2.5-3B; of its layers "all-linear" are the usual seven projections.
+# The paper's, for Qwen2.5-3B; of its layers "all-linear" are the usual seven projections. ``lora_alpha`` is the rank.
 DEFAULTS: dict[str, Any] = {
-    "r": 128, "lora_alpha": 128, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+    "r": 128, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
 }  # fmt: skip
 
 # Arguments of ``peft.LoraConfig`` that may be chosen freely. With others more would be trained than adapters, or these
@@ -39,7 +39,7 @@ class Adapters:
     """Low-rank adapters on a causal language model, in single precision whatever the model is in.
 
     :param lm: the model; its own weights are frozen, and its layers get adapters in place.
-    :param arguments: of ``peft.LoraConfig``, over :data:`DEFAULTS`.
+    :param arguments: of ``peft.LoraConfig``, over :data:`DEFAULTS`; ``lora_alpha`` is ``r`` unless it is given.
     :raises ImportError: PEFT is not installed.
     :raises ValueError: arguments that do not fit the model; dropout, which would make the probabilities of training
         differ from those of writing; or others than plain adapters on linear layers and embeddings.
@@ -52,6 +52,7 @@ class Adapters:
         except ImportError as error:
             raise ImportError("lora needs the `peft` package: pip install 'sb3-safe[lora]', or lora=False") from error
         settings = DEFAULTS | dict(arguments)
+        settings.setdefault("lora_alpha", settings["r"])
         if settings["lora_dropout"]:
             raise ValueError(
                 f"lora: lora_dropout must be 0, got {settings['lora_dropout']}: with dropout the probabilities of "

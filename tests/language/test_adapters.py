@@ -46,6 +46,16 @@ def test_only_adapters_and_heads_change(
     assert any(not th.equal(now[name], value) for name, value in lora.items())
 
 
+@pytest.mark.parametrize(
+    ("lora", "scaling"), [(True, 1.0), ({"r": 4}, 1.0), ({"r": 4, "lora_alpha": 8}, 2.0), ({"lora_alpha": 64}, 0.5)]
+)
+def test_adapters_of_any_rank_have_the_same_weight_unless_it_is_chosen(
+    lora: Any, scaling: float, env_kwargs: dict[str, Any]
+) -> None:
+    policy = text_model(env_kwargs, policy_kwargs={"lora": lora}).policy
+    assert {value for layer in policy.adapters._layers for value in layer.scaling.values()} == {scaling}
+
+
 @pytest.mark.parametrize("lora", [LORA, LORA | {"target_modules": ["q_proj", "embed_tokens"]}])
 def test_merged_weights_write_what_the_adapters_say(lora: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
     model = adapted(env_kwargs, policy_kwargs={"lora": lora}).learn(13 * 6 * 4)
