@@ -172,7 +172,7 @@ def _linear_layers(lm: Any) -> Any:
     return [
         name
         for name, layer in lm.named_modules()
-        if isinstance(layer, nn.Linear)
+        if getattr(type(layer), "forward", None) is nn.Linear.forward  # which that of a router need not be
         and layer is not lm.get_output_embeddings()
         and name.rpartition(".")[2] not in EXPERTS
     ]

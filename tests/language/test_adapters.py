@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, PhimoeConfig, Qwen3MoeConfig
 
 from sb3_safe import SAFE
 from sb3_safe.language import adapters as adapters_module
@@ -239,6 +239,22 @@ def test_mixtures_of_experts_are_trained_through_their_other_layers(
         adapted(
             env_kwargs | {"model": str(tmp_path)}, policy_kwargs={"lora": {"target_modules": ["q_proj", "down_proj"]}}
         )
+
+
+def test_a_router_that_is_a_linear_layer_with_outputs_of_its_own_gets_no_adapters() -> None:
+    """PhiMoE's. A class of linear layers that only has another name gets them."""
+    config = PhimoeConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    lm = AutoModelForCausalLM.from_config(config)
+    lm.model.layers[0].self_attn.q_proj.__class__ = type("Projection", (th.nn.Linear,), {})
+    adapters_module.Adapters(lm, {"r": 4})
+    trained = {name.split(".lora_")[0] for name, value in lm.named_parameters() if value.requires_grad}
+    assert trained == {
+        f"model.layers.{number}.self_attn.{name}_proj" for number in range(2) for name in ("q", "k", "v", "o")
+    }
+    assert lm(th.arange(10)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("merged", [False, True])
