@@ -52,7 +52,8 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     low precision then rounds the same way each time, so that a probability ratio begins at exactly 1.
 
     Tokens by which a text grew between two actions beside the action itself, such as the answer of a user or a tool,
-    were written by the environment. They are part of the context, and of no loss.
+    were written by the environment. They are part of the context, and of no loss. Where an environment has changed or
+    shortened the text before, or written another token than was chosen, a segment begins with the text as it is now.
 
     :param micro_batch_size: tokens, prompts and padding included, that go through the model at a time; a minibatch
         that has more is computed in pieces, with the same result. ``None``: all at once.
@@ -60,6 +61,7 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     """
 
     segments: list[Segment]
+    _last_ids: np.ndarray
 
     def __init__(self, *args: Any, micro_batch_size: int | None = None, **kwargs: Any) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -93,7 +95,7 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
         if self.pos == 0:
             self._current = [self._begin(env, obs, lengths) for env in range(self.n_envs)]
         else:
-            begins = np.asarray(episode_start, dtype=bool)
+            begins = np.asarray(episode_start, dtype=bool) | ~self._goes_on(obs["input_ids"], lengths)
             expected = self.lengths[self.pos - 1] + 1
             for env in np.flatnonzero(begins | (lengths != expected)).tolist():
                 if begins[env]:
@@ -102,9 +104,19 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
                     first = int(expected[env])
                     tokens = obs["input_ids"][env, first : lengths[env]].astype(np.int64)
                     self._current[env].inserted.append((first, tokens))
+        self._last_ids = obs["input_ids"].copy()
         self.lengths[self.pos] = lengths
         self.prompt_lengths[self.pos] = obs["prompt_length"][:, 0]
         super().add(obs, action, reward, episode_start, value, log_prob)
+
+    def _goes_on(self, ids: np.ndarray, lengths: Indices) -> np.ndarray:
+        """Whether each text ``[N]`` begins with the one before and the action that was chosen then."""
+        last, expected = self.lengths[self.pos - 1], self._last_ids
+        expected[np.arange(len(ids)), np.minimum(last, ids.shape[1] - 1)] = self.actions[self.pos - 1, :, 0]
+        goes_on = (ids == expected).all(axis=1)  # most are what is expected behind their end as well
+        for env in np.flatnonzero(~goes_on):
+            goes_on[env] = (ids[env, : last[env] + 1] == expected[env, : last[env] + 1]).all()
+        return goes_on & (lengths > last)  # type: ignore[no-any-return]
 
     def _begin(self, env: int, obs: dict[str, np.ndarray], lengths: Indices) -> Segment:
         segment = Segment(env, self.pos, obs["input_ids"][env, : lengths[env]].astype(np.int64))

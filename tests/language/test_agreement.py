@@ -2,17 +2,20 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from transformers import AutoModelForCausalLM
 
 from sb3_safe import SAFE, environments
 from sb3_safe.language import LanguagePolicy, SegmentBuffer
 
-from .conftest import ARCHITECTURES
+from .conftest import ARCHITECTURES, VOCAB_SIZE
 
 
 class Silent(BaseCallback):
@@ -76,6 +79,52 @@ def test_probabilities_are_those_of_the_model_itself(
             logits = lm(text[None]).logits[0, len(segment.context) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(-1, written[:, None])[:, 0]
         np.testing.assert_allclose(buffer.log_probs[steps, segment.env], expected, atol=1e-4)
+
+
+class Editor(gym.Env[dict[str, np.ndarray], int]):
+    """Writes another token than was chosen, changes an earlier one, or forgets the beginning of a text."""
+
+    def __init__(self, edit: str) -> None:
+        lengths = {name: spaces.Box(0, 16, (1,), np.int64) for name in ("length", "prompt_length")}
+        self.observation_space = spaces.Dict({"input_ids": spaces.Box(0, VOCAB_SIZE - 1, (16,), np.int64)} | lengths)
+        self.action_space = spaces.Discrete(VOCAB_SIZE)
+        self.edit = edit
+
+    def reset(self, **kwargs: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        super().reset(**kwargs)
+        self.text, self.written = self.np_random.integers(2, VOCAB_SIZE, 5).tolist(), 0
+        return self.observe(), {}
+
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        self.written += 1
+        self.text.append(int(action))
+        if self.written == 3 and self.edit != "nothing":
+            if self.edit == "the action":
+                self.text[-1] = (int(action) + 1) % VOCAB_SIZE
+            elif self.edit == "a token before":
+                self.text[1] = (self.text[1] + 1) % VOCAB_SIZE
+            else:
+                self.text = self.text[2:]
+        return self.observe(), float(action % 2), self.written == 8, False, {}
+
+    def observe(self) -> dict[str, np.ndarray]:
+        ids = np.array(self.text + [0] * (16 - len(self.text)))
+        return {"input_ids": ids, "length": np.array([len(self.text)]), "prompt_length": np.array([3])}
+
+
+@pytest.mark.parametrize("edit", ["nothing", "the action", "a token before", "the beginning"])
+def test_rollout_and_training_agree_where_the_environment_changes_texts(edit: str, checkpoints: dict[str, str]) -> None:
+    env = make_vec_env(lambda: Editor(edit), 3, seed=0)
+    kwargs = {"model": checkpoints["qwen2"]}
+    model = SAFE("LanguagePolicy", env, policy_kwargs=kwargs, n_steps=12, batch_size=10, seed=0, device="cpu")
+    for edits in (2, 1):  # texts have 8 tokens: 8 and 4 of two are in a rollout, then 4 and 8
+        buffer = rollout(model)
+        assert len(buffer.segments) == 3 * (2 if edit == "nothing" else 2 + edits)
+        for batch in buffer.get(10):
+            with th.no_grad():
+                log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+            np.testing.assert_allclose(log_prob, batch.old_log_prob, atol=1e-5)
+        model.train()
 
 
 def test_first_ratios_are_one(env_kwargs: dict[str, Any]) -> None:
