@@ -66,7 +66,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     :param model_kwargs: arguments of ``from_pretrained``. ``dtype`` is float32 by default; with adapters and a GPU
         that has it, bfloat16.
     :param optimizer_class: the optimizer.
-    :param optimizer_kwargs: its arguments, but for the rate.
+    :param optimizer_kwargs: its arguments, but for the rate; ``None``: Adam's ``eps`` is 1e-5, as in SB3.
     :raises ValueError: the model cannot be loaded, its vocabulary is not the action space, an argument out of range.
     :raises ImportError: adapters are wanted and PEFT is not installed.
     """
@@ -101,7 +101,8 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        optimizer_kwargs = {"eps": 1e-5} if optimizer_kwargs is None else optimizer_kwargs
+        if optimizer_kwargs is None:
+            optimizer_kwargs = {"eps": 1e-5} if optimizer_class is th.optim.Adam else {}  # as SB3 does
         super(PessimisticCritics, self).__init__(
             observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )

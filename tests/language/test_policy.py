@@ -219,6 +219,16 @@ def test_critic_rate_multiplies_the_learning_rate_of_the_heads(env_kwargs: dict[
     assert [group["lr"] for group in model.policy.optimizer.param_groups] == pytest.approx([1e-3, 4e-3])
 
 
+@pytest.mark.parametrize("optimizer", [th.optim.SGD, th.optim.Adafactor, th.optim.AdamW])
+def test_other_optimizers_have_their_own_defaults(optimizer: Any, env_kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model = text_model(env_kwargs, policy_kwargs={"optimizer_class": optimizer}).learn(13 * 6)
+    assert type(model.policy.optimizer) is optimizer
+    assert model.policy.optimizer.defaults.get("eps") == optimizer(model.policy.parameters()).defaults.get("eps")
+    model.save(tmp_path / "model")
+    SAFE.load(tmp_path / "model", env=model.env).learn(13 * 6)
+    assert text_model(env_kwargs).policy.optimizer.defaults["eps"] == 1e-5
+
+
 def test_greedy_prediction_is_deterministic_and_evaluation_runs(env_kwargs: dict[str, Any]) -> None:
     model = text_model(env_kwargs)
     obs = model.env.reset()
