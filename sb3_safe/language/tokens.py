@@ -25,12 +25,13 @@ CHUNK_LOGITS = 2**24
 class TokenDistribution:
     """How logits become probabilities, the same in writing, in training and for the reference.
 
-    What is left of a distribution by ``top_k`` and ``top_p`` is normalised anew. In training the token that was chosen
-    always belongs to what is left, even if it would not any more: its probability ratio then stays finite.
+    As in ``generate``, what is left of a distribution by ``top_k`` is normalised anew before ``top_p``, and then once
+    more. In training the token that was chosen always belongs to what is left, even if it would not any more: its
+    probability ratio then stays finite.
 
     :param temperature: divides all logits.
     :param top_k: only so many tokens may be chosen; 0: all.
-    :param top_p: only the most probable tokens that together have this probability may be chosen; 1: all.
+    :param top_p: only the most probable of those that together have this probability may be chosen; 1: all.
     :param min_new_tokens: end tokens have probability 0 before so many tokens were written.
     :param eos_token_id: the end token, or several.
     :raises ValueError: an argument out of range.
@@ -79,13 +80,14 @@ class TokenDistribution:
     def _excluded(self, logits: Tensor, chosen: Tensor | None) -> Tensor:
         """Tokens ``[B, V]`` that ``top_k`` and ``top_p`` exclude."""
         ordered, order = logits.sort(dim=-1, descending=True)
-        rank = th.arange(logits.shape[-1], device=logits.device)
+        if self.top_k > 0:
+            ordered[:, self.top_k :] = SUPPRESSED
         # A token is kept if those before it do not yet have the probability that is asked for.
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[:, 0] = 0
         out = before >= self.top_p if self.top_p < 1 else th.zeros_like(before, dtype=th.bool)
         if self.top_k > 0:
-            out = out | (rank >= self.top_k)
+            out[:, self.top_k :] = True
         excluded = th.zeros_like(out).scatter_(-1, order, out)
         return excluded if chosen is None else excluded.scatter_(-1, chosen.view(-1, 1), False)
 

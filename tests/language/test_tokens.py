@@ -8,6 +8,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from sb3_safe.language import tokens as tokens_module
 from sb3_safe.language.tokens import SUPPRESSED, TokenDistribution, in_chunks
@@ -42,12 +43,21 @@ def test_what_is_left_is_the_most_probable_and_is_normalised(seed: int, top_k: i
     whole = np.exp(logits.numpy() / t)
     whole /= whole.sum(-1, keepdims=True)
     for row, expected in zip(actual, whole, strict=True):
-        order = np.argsort(-expected)
+        order = np.argsort(-expected)[:top_k]
+        expected = expected / expected[order].sum()
         kept = 1
-        while kept < top_k and (top_p == 1 or expected[order[:kept]].sum() < top_p - 1e-6):
+        while kept < len(order) and (top_p == 1 or expected[order[:kept]].sum() < top_p - 1e-6):
             kept += 1
         assert set(np.flatnonzero(row > 0)) == set(order[:kept])
         np.testing.assert_allclose(row[order[:kept]], expected[order[:kept]] / expected[order[:kept]].sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("top_k", [3, 10, 60])
+def test_top_k_and_top_p_together_leave_what_they_leave_in_generate(top_k: int, top_p: float) -> None:
+    logits = th.randn(100, 50, generator=th.Generator().manual_seed(0))
+    scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits))
+    np.testing.assert_allclose(log_probs(logits, top_k=top_k, top_p=top_p).exp(), scores.softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("ends", [3, [3], [1, 3]])
