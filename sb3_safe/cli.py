@@ -118,6 +118,13 @@ def _plan(options: argparse.Namespace) -> None:
     from sb3_safe.language.onednn import is_faster
     from sb3_safe.language.plan import available_memory, check_memory, parse_bytes, plan_memory
 
+    # Of these the plan sees the sum alone.
+    for option, tokens in (
+        ("--max-prompt-tokens", options.max_prompt_tokens),
+        ("--max-new-tokens", options.max_new_tokens),
+    ):
+        if tokens < 1:
+            raise ValueError(f"{option} must be at least 1, got {tokens}")
     available = available_memory(options.device) if options.memory is None else parse_bytes(options.memory)
     if options.lora_rank is not None:
         lora: dict[str, Any] | None = {"r": options.lora_rank}

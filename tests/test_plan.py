@@ -222,6 +222,15 @@ def test_the_command_fails_where_it_does_not_fit(capsys: pytest.CaptureFixture[s
     assert "What helps, most first: " in output.err
 
 
+@pytest.mark.parametrize("option", ["--max-prompt-tokens", "--max-new-tokens"])
+def test_the_command_refuses_negative_lengths_though_their_sum_is_positive(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--model", "textgen_env:assets/lm", *SMALL, "--memory", "1GiB"]
+    assert cli.main([*command, option, "-4"]) == 1
+    assert f"{option} must be at least 1, got -4" in capsys.readouterr().err
+
+
 def test_the_command_plans_for_the_cpu_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "textgen_env:assets/lm", *SMALL, "--device", "cpu"]) == 0
     assert "available" in capsys.readouterr().out
