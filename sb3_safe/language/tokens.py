@@ -6,6 +6,7 @@ are computed again in the backward pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch as th
@@ -46,10 +47,10 @@ class TokenDistribution:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:  # None is how others say that all may be chosen
             raise ValueError(f"top_k must be at least 1, or 0 for all tokens, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], 1 for all tokens, got {self.top_p}")
         if self.min_new_tokens > 0 and self.eos_token_id in (None, [], ()):
             raise ValueError("min_new_tokens needs eos_token_id")
 

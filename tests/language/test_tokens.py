@@ -96,7 +96,10 @@ def test_writing_and_training_agree_under_restrictions(restriction: Any, env_kwa
     [
         ({"temperature": 0.0}, "temperature"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": None}, "top_k must be at least 1, or 0 for all tokens, got None"),
+        ({"top_k": 0.5}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_p": None}, r"top_p must be in \(0, 1\], 1 for all tokens, got None"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_new_tokens": 2}, "eos_token_id"),
         ({"min_new_tokens": 2, "eos_token_id": []}, "eos_token_id"),
