@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from textgen_env.loading import load_tokenizer
+from textgen_env.loading import blaming, load_tokenizer
 
 from sb3_safe.language.adapters import Adapters
-from sb3_safe.language.loading import load_language_model
+from sb3_safe.language.loading import find_model, load_language_model
 
 
 def export(
@@ -27,8 +27,12 @@ def export(
     :param directory: is made if it is not there.
     :param merged: write the whole model with the adapters in its weights, not the adapters alone.
     :param tokenizer: a tokenizer, its name, or ``None`` for the model's own.
-    :raises ValueError: there is no tokenizer, or it is another model's. Nothing has been written then.
+    :raises ValueError: there is no tokenizer, or it is another model's, or the model's folder is gone and something of
+        it is needed. Nothing has been written then.
     """
+    if tokenizer is None or (adapters is not None and merged):
+        with blaming("model", model):
+            find_model(model)
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, "tokenizer", model, "model", model_kwargs)
     size = lm.config.get_text_config().vocab_size

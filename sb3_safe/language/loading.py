@@ -1,5 +1,6 @@
 """Loading a causal language model as the body of a policy."""
 
+from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -9,6 +10,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sb3_safe.language.body import check_architecture
+
+
+def find_model(model: str) -> str:
+    """What transformers loads a model by: its folder, or its name on the hub.
+
+    :param model: as for :func:`load_language_model`.
+    :raises FileNotFoundError: it can only be a folder, and there is none; transformers would speak of the hub.
+    """
+    name = resolve(model)
+    is_folder = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # the hub's have one at most
+    if is_folder and not Path(name).exists():
+        raise FileNotFoundError(
+            "there is no such folder. If the model of a saved run has moved, say where it is: SAFE.load(..., "
+            "custom_objects={'policy_kwargs': {..., 'model': '/new/folder'}})"
+        )
+    return name
 
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
@@ -22,7 +39,7 @@ def load_language_model(model: str, **kwargs: Any) -> nn.Module:
     """
     with blaming("model", model, "model_kwargs"):
         arguments = {"dtype": th.float32} | file_arguments(kwargs) | kwargs
-        lm, found = AutoModelForCausalLM.from_pretrained(resolve(model), output_loading_info=True, **arguments)
+        lm, found = AutoModelForCausalLM.from_pretrained(find_model(model), output_loading_info=True, **arguments)
         if found["missing_keys"]:
             raise ValueError(f"it is not a causal language model: its checkpoint lacks {sorted(found['missing_keys'])}")
     # Dropout would make log-probabilities of training and rollout differ for the same weights.
@@ -68,7 +85,7 @@ def model_size(model: str, **kwargs: Any) -> int:
     """
     with blaming("model", model, "model_kwargs"):
         files = file_arguments(kwargs)
-        config = AutoConfig.from_pretrained(resolve(model), **files)
+        config = AutoConfig.from_pretrained(find_model(model), **files)
     with th.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, **{k: v for k, v in files.items() if k.startswith("trust")})
     return sum(parameter.numel() for parameter in skeleton.parameters())

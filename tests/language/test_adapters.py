@@ -160,8 +160,15 @@ def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict
     elsewhere = tmp_path / "elsewhere"
     Path(env_kwargs["model"]).rename(elsewhere)
     try:
-        with pytest.raises(ValueError, match="model="):
+        gone = rf"model='{env_kwargs['model']}' cannot be loaded: there is no such folder.*custom_objects="
+        with pytest.raises(ValueError, match=gone):
             SAFE.load(tmp_path / "model", device="cpu")
+        tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+        for arguments in ({"merged": True}, {"merged": True, "tokenizer": tokenizer}, {}):
+            with pytest.raises(ValueError, match=gone):
+                model.policy.export(tmp_path / "exported", **arguments)
+        assert not (tmp_path / "exported").exists()
+        model.policy.export(tmp_path / "exported", tokenizer=tokenizer)
         moved = {"policy_kwargs": model.policy_kwargs | {"model": str(elsewhere)}}
         loaded = SAFE.load(tmp_path / "model", device="cpu", custom_objects=moved)
         obs = model.env.reset()
