@@ -69,6 +69,7 @@ LAYERS = {
     "bound on updates": ("safe-no-preview", "only-preview"),
 }
 """Methods with a layer off alone, and on alone."""
+LAYERS_CONTROL = {"CartPole-v1": "CartPole", "Pendulum-v1": "Pendulum", "MountainCar-v0": "MountainCar"}
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -197,16 +198,30 @@ def others() -> str:
 
 
 def layers() -> str:
-    """Each layer off alone and on alone, in control and language."""
-    groups = read("control/summary.json")["settings"]["lr-x5"]["aggregate"].values()
-    columns = {"control": ("final", next(rows for rows in groups if "safe-off" in rows))}
-    language = read("rlhf/summary.json")["settings"]["lr-x10"]
-    columns |= {task: ("final_gold", language[task] | {"safe-off": language[task]["ppo"]}) for task in RLHF_TASKS}
+    """Final gold with each layer off alone and on alone, on language."""
+    rows = read("rlhf/summary.json")["settings"]["lr-x10"]
+    return layer_table({task: rows[task] | {"safe-off": rows[task]["ppo"]} for task in RLHF_TASKS}, "final_gold", 2)
+
+
+def layers_control() -> str:
+    """Final returns with each layer off alone and on alone, at 20 times the rate."""
+    rows = read("control/summary.json")["settings"]["lr-x20"]["tasks"]
+    tasks = {name: rows[task] | {"safe-off": rows[task]["ppo"]} for task, name in LAYERS_CONTROL.items()}
+    return layer_table(tasks, "final", 0)
+
+
+def layer_table(tasks: dict[str, Any], what: str, digits: int) -> str:
+    """A row for each layer, two columns for each task; without layers that no task was run without.
+
+    :param tasks: by the name of the task, estimates of all methods.
+    :param what: the estimate that is shown.
+    :param digits: after the point.
+    """
     lines = []
     for label, names in (LAYERS | {"none off: SAFE; none on: PPO": ("safe", "safe-off")}).items():
-        cells = itertools.product(columns.values(), names)
-        lines.append([label, *(f"{rows[name][what][0]:.2f}" if name in rows else "" for (what, rows), name in cells)])
-    return markdown(["layer", *(head for name in columns for head in (f"{name}, off alone", "on alone"))], lines)
+        if names[0] in next(iter(tasks.values())):
+            lines.append([label, *(f"{rows[name][what][0]:.{digits}f}" for rows in tasks.values() for name in names)])
+    return markdown(["layer", *(head for task in tasks for head in (f"{task}, off alone", "on alone"))], lines)
 
 
 def speed() -> str:
@@ -229,7 +244,7 @@ def text() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (control, larger, alternatives, gold, rlhf, own_rates, others, layers, speed, text)
+    for table in (control, larger, alternatives, gold, rlhf, own_rates, others, layers_control, layers, speed, text)
 }
 
 

@@ -131,11 +131,38 @@ def test_what_is_said_of_the_layers_in_language_is_in_the_results() -> None:
     assert all(rows["only-penalty-drift"] <= rows["only-penalty"] for rows in gold[1:])
 
 
+def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
+    rows = CONTROL["lr-x20"]["tasks"]
+    pendulum, car = (
+        {name: row["final"] for name, row in rows[task].items()} for task in ("Pendulum-v1", "MountainCar-v0")
+    )
+    lowest, highest, bound = (*car["safe-no-penalty"][1:], car["only-preview"][0])
+    assert f"SAFE ends at {lowest:.0f} and {highest:.0f}, as PPO does, the bound alone at {bound:.0f};" in SAID
+    assert abs(car["ppo"][0] - car["safe-no-penalty"][0]) < 5
+    assert min(car["only-penalty"][1], car["only-huber"][1]) > -130
+    assert min(pendulum["only-penalty"][0], pendulum["only-preview"][0]) > -350
+    assert max(pendulum["only-soft-min"][2], pendulum["only-huber"][2]) < -700
+    safe, free, alone = (pendulum[name][0] for name in ("safe", "safe-no-penalty", "only-preview"))
+    assert f"SAFE ends at {safe:.0f}, without it at {free:.0f}, with the bound alone at {alone:.0f}." in SAID
+    for task in (pendulum, car):
+        others = [task[name][0] for name in ("safe-no-gate", "safe-constant")]
+        assert all(abs(final - task["safe"][0]) < 30 for final in others)
+    gentle = next(rows for rows in CONTROL["lr-x5"]["aggregate"].values() if "safe-off" in rows)
+    least = min(gentle[name]["final"][0] for name in ("only-huber", "only-penalty", "only-preview"))
+    assert f"({least:.2f} or more, normalised, of which PPO has {gentle['safe-off']['final'][0]:.2f})" in SAID
+
+
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
     pendulum = {name: f"{row['average'][0]:.0f}" for name, row in CONTROL["tuned"]["tasks"]["Pendulum-v1"].items()}
     assert f"at the tuned rate its training average is {pendulum['safe']}, PPO's {pendulum['ppo']}." in SAID
     assert f"at the tuned rate the average is {pendulum['safe-no-penalty']} without it" in SAID
-    for file in (ROOT / "benchmarks/results/control").glob("*/*/safe-constant/*.json"):
+    files = [
+        file
+        for setting in ("tuned", "lr-x5")
+        for file in (ROOT / "benchmarks/results/control" / setting).glob("*/safe-constant/*.json")
+    ]
+    assert len(files) == 8
+    for file in files:
         same = json.loads((file.parent.parent / "safe" / file.name).read_text())
         assert json.loads(file.read_text())["curve"] == same["curve"]
     small = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
