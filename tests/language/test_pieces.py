@@ -126,7 +126,7 @@ def test_tokens_of_the_environment_are_context_and_in_no_loss() -> None:
     (batch,) = buffer.get(100)
     obs = batch.observations
     assert batch.actions.tolist() == [2, 3, 2, 3]
-    assert obs["input_ids"][0, :9].tolist() == [7, 8, 2, 3, 4, 5, 6, 2, 0]
+    assert obs["input_ids"][0, :8].tolist() == [7, 8, 2, 3, 4, 5, 6, 2]  # nothing is asked after the last one
     assert obs["position_ids"][0, :8].tolist() == list(range(8))
     assert obs["cols"].tolist() == [1, 2, 6, 7]
     assert obs["new_tokens"].tolist() == [0, 1, 0, 1]
