@@ -809,6 +809,7 @@ class SAFE(OnPolicyAlgorithm):
 
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
         the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
+        Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
 
         :param path: what ``save`` was given.
         :param env: the environment to go on with; ``None`` to predict only.
@@ -819,7 +820,11 @@ class SAFE(OnPolicyAlgorithm):
         return model
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, as for :meth:`load`."""
+        """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, and it warns as :meth:`load` does.
+
+        :param env: the environment to go on with; one in a ``VecNormalize`` keeps its own statistics.
+        :param force_reset: whether the next ``learn`` begins with new episodes.
+        """
         normalizer = self._normalizer or copy.deepcopy(self._vec_normalize_env)  # a copy is around no environment
         super().set_env(env, force_reset)
         self._normalizer = normalizer
