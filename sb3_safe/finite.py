@@ -96,7 +96,8 @@ def describe_steps(log: Sequence[Mapping[str, float]], timesteps: int) -> str:
     skipped = [number for number, parts in enumerate(log) if parts.get("skipped")]
     parts = log[skipped[0]]
     what = "gradient" if math.isfinite(parts["loss"]) else "loss"
-    values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items() if name not in ("epoch", "skipped"))
+    about = ("epoch", "actions", "skipped")
+    values = ", ".join(f"{name} {value:.4g}" for name, value in parts.items() if name not in about)
     return (
         f"loss or gradient is not finite in {len(skipped)} of {len(log)} minibatches of the update after {timesteps} "
         f"steps; first the {what} of minibatch {skipped[0]}: {values}. The update is undone. Lower learning_rate, or "

@@ -48,7 +48,8 @@ ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k
 # Nats per action. A text has many actions, whose distances add up.
 MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
 MIN_TELLING = 16
-"""Actions of a minibatch below which its KL says little about that of the rollout."""
+"""Actions of a minibatch below which its KL says little about that of the rollout, and its step may be far longer than
+others: the last one of a pass has what is left over, and the advantage of a single action is not normalised."""
 RETURN_SCALE_DECAY = 0.9
 LARGEST_RETURN = float(np.finfo(np.float32).max)
 """Of an episode that the controller is told of. Rewards that are trained on are in single precision."""
@@ -529,7 +530,7 @@ class SAFE(OnPolicyAlgorithm):
         for epoch, pieces in (
             (i, pieces) for i in range(self.n_epochs) for pieces in self.rollout_buffer.minibatches(self.batch_size)
         ):
-            log.append(self._gradient(pieces) | {"epoch": epoch})
+            log.append(self._gradient(pieces) | {"epoch": epoch, "actions": sum(len(p.actions) for p in pieces)})
             if self.target_kl is not None and log[-1]["approx_kl"] > 1.5 * self.target_kl:
                 break
             taken = math.isfinite(log[-1]["loss"]) and self._step(self._preview_scale(log))
@@ -541,7 +542,7 @@ class SAFE(OnPolicyAlgorithm):
             raise NonFiniteError(describe_steps(log, self.num_timesteps))
         means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
-        kept = self._keep_within_bound(start, [parts["approx_kl"] for parts in log])
+        kept = self._keep_within_bound(start, log)
         if self.kl_reference == "rollout":
             last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
             self.measured_kl = mean_of_finite(last_epoch) * kept**2
@@ -697,17 +698,19 @@ class SAFE(OnPolicyAlgorithm):
         before = log[-2]["approx_kl"] if len(log) > 1 else 0.0
         return preview_scale(log[-1]["approx_kl"], before, self.max_preview_kl)
 
-    def _keep_within_bound(self, start: list[Tensor], kls: list[float]) -> float:
+    def _keep_within_bound(self, start: list[Tensor], log: list[dict[str, float]]) -> float:
         """Undo as much of the update as takes the policy beyond ``max_preview_kl``.
 
         :param start: trainable parameters before the update.
-        :param kls: KL to the rollout policy in the minibatches of the update, nats per action, each before its step.
+        :param log: of every minibatch, how many ``actions`` it had, and their KL to the rollout policy before its step,
+            ``approx_kl``, nats per action.
         :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
         """
         if self.max_preview_kl is None:
             return 1.0
         # Measuring the whole rollout takes as long as a third of an epoch: only where the last step could matter.
-        if self.batch_size >= MIN_TELLING and surely_within(kls, self.max_preview_kl):
+        told = min(parts["actions"] for parts in log) >= MIN_TELLING
+        if told and surely_within([parts["approx_kl"] for parts in log], self.max_preview_kl):
             return 1.0
         return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, self.max_preview_kl)
 
