@@ -50,7 +50,7 @@ class KLController:
         """Take in one rollout.
 
         :param returns: undiscounted returns of the episodes that ended in it; may be empty.
-        :param kl: mean KL to the reference, nats per action.
+        :param kl: mean KL to the reference, nats per action; NaN or infinite where it could not be measured.
         :param entropy: mean entropy of the policy, nats per action dimension.
         """
 
@@ -99,7 +99,7 @@ class FixedKL(KLController):
 class AdaptiveKL(FixedKL):
     """Ziegler's proportional controller: the coefficient follows the KL towards a target.
 
-    ``coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) / horizon)`` once per rollout.
+    ``coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) / horizon)`` once per rollout whose KL is finite.
 
     :param coef: first coefficient.
     :param target: wanted KL, nats per action.
@@ -118,6 +118,8 @@ class AdaptiveKL(FixedKL):
 
     def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
         """See :meth:`KLController.update`."""
+        if not math.isfinite(kl):
+            return
         self.coef *= 1 + _clip(kl / self.target - 1, -0.2, 0.2) / self.horizon
 
 
@@ -132,7 +134,7 @@ class SafeController(KLController):
     Where the KL is in the reward, the coefficient is in units of the reward's spread, the largest that was seen.
 
     - **KL trackers**: ``kl_short`` and ``kl_long`` are moving averages that start at the first measurement (against the
-      rollout policy that is 0, before the first update).
+      rollout policy that is 0, before the first update). A KL that is not finite is no measurement.
     - **Entropy gate**: ``gate = clip(exp(floor - H), 0.5, 10)``, the ratio of the floor's perplexity to the policy's.
       With two actions the automatic floor is 0, and the gate at most 1.
     - **PID**: error = velocity of the reward's moving average less ``target_velocity``, the reward in units of its
@@ -266,8 +268,9 @@ class SafeController(KLController):
         """Take in one rollout; see :meth:`KLController.update`. Called once per rollout, before it is trained on."""
         first = self.n_updates == 0
         self.n_updates += 1
-        self.kl_short = kl if first else _moving_average(self.kl_short, kl, self.kl_short_decay)
-        self.kl_long = kl if first else _moving_average(self.kl_long, kl, self.kl_long_decay)
+        if math.isfinite(kl):  # anything else would stay in the averages for good
+            self.kl_short = kl if first else _moving_average(self.kl_short, kl, self.kl_short_decay)
+            self.kl_long = kl if first else _moving_average(self.kl_long, kl, self.kl_long_decay)
         self._update_gate(entropy)
         if len(returns) > 0:
             self._update_reward(returns)

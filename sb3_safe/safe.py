@@ -545,7 +545,8 @@ class SAFE(OnPolicyAlgorithm):
         kept = self._keep_within_bound(start, log)
         if self.kl_reference == "rollout":
             last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
-            self.measured_kl = mean_of_finite(last_epoch) * kept**2
+            # What is left of nothing is 0, though nothing in the last epoch may have been finite.
+            self.measured_kl = mean_of_finite(last_epoch) * kept**2 if kept > 0 else 0.0
         self._log_update(means, kept)
 
     def _critic_rms(self) -> float:

@@ -51,6 +51,19 @@ def test_kl_trackers_start_at_the_first_measurement_and_follow_at_their_own_pace
     assert long == pytest.approx([0.4, 0.398, 0.39402])
 
 
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
+def test_a_kl_that_is_not_finite_enters_no_average(kl: float):
+    told, spared = SafeController(), SafeController()
+    for controller in (told, spared):
+        controller.update([1.0], 0.4, 0.0)
+    told.update([], kl, 0.0)
+    assert (told.kl_short, told.kl_long) == (spared.kl_short, spared.kl_long)
+    assert told.coefficient() == spared.coefficient() > told.price
+    adaptive = AdaptiveKL(coef=0.1)
+    adaptive.update([], kl, 0.0)
+    assert adaptive.coef == 0.1
+
+
 def test_reward_average_starts_at_the_first_reward():
     controller = SafeController()
     feed(controller, [10.0])

@@ -226,6 +226,15 @@ def test_an_infinite_kl_stops_the_next_step(kls: tuple[float, float]):
     assert preview(watched(max_preview_kl=0.04), *kls) == 0.0
 
 
+def test_an_update_that_was_undone_after_an_epoch_that_is_not_finite_leaves_the_controller_a_kl_of_zero():
+    leap = {"learning_rate": 1e38, "n_epochs": 2, "batch_size": 128, "max_preview_kl": 0.5}
+    model = watched(**leap).learn(128)
+    assert model.kept == [0.0]
+    assert model.measured_kl == 0.0
+    model.learn(128, reset_num_timesteps=False)
+    assert model.controller.kl_short == 0.0
+
+
 def test_a_shrunken_step_does_not_stay_in_the_learning_rate():
     model, _ = learned(learning_rate=1e-2)
     batch = next(model.rollout_buffer.get(64))
