@@ -87,7 +87,7 @@ class Safe:
             (self.model.controller, "update", "controller"),
             (self.model, "_kl_term", "penalty"),
             (self.model, "_preview_scale", "bound"),
-            (self.model, "_get_trainable", "bound"),
+            (self.model, "_get_moved", "bound"),
             (self.model, "_keep_within_bound", "bound"),
         ):
             self.stopwatch.watch(owner, method, label)

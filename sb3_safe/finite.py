@@ -17,9 +17,9 @@ class NonFiniteError(FloatingPointError):
 
 
 class LastGood:
-    """What numbers that are not finite spoil before they are noticed, besides the parameters that are trained.
+    """What numbers that are not finite spoil before they are noticed, besides what an update moves.
 
-    Target critics and the scale of returns, statistics that a features extractor or a ``VecNormalize`` keeps, the
+    The scale of returns, statistics that a features extractor or a ``VecNormalize`` keeps, the
     controller's averages: a single infinite reward would stay in them for good.
 
     :param algorithm: a :class:`~sb3_safe.safe.SAFE`, before a rollout.
@@ -27,8 +27,7 @@ class LastGood:
 
     def __init__(self, algorithm: Any) -> None:
         policy, normalizer = algorithm.policy, algorithm.get_vec_normalize_env()
-        targets = [parameter for name, parameter in policy.named_parameters() if name.startswith("target_")]
-        self._tensors = [(tensor, tensor.clone()) for tensor in (*policy.buffers(), *targets)]
+        self._tensors = [(tensor, tensor.clone()) for tensor in policy.buffers()]
         holders = [algorithm.controller]
         if normalizer is not None:
             observed = getattr(normalizer, "obs_rms", {})

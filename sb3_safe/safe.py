@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import tempfile
 import warnings
@@ -525,7 +526,7 @@ class SAFE(OnPolicyAlgorithm):
         self._clip = self.clip_range(progress)  # type: ignore[operator]
         self._clip_vf = self.clip_range_vf(progress) if self.clip_range_vf is not None else None  # type: ignore[operator]
         self._delta = None if self.huber_delta is None else self.huber_delta * self._critic_rms()
-        start = self._get_trainable()
+        start = self._get_moved()
         log: list[dict[str, float]] = []
         for epoch, pieces in (
             (i, pieces) for i in range(self.n_epochs) for pieces in self.rollout_buffer.minibatches(self.batch_size)
@@ -538,7 +539,7 @@ class SAFE(OnPolicyAlgorithm):
         n_skipped = sum(parts.get("skipped", 0.0) for parts in log)
         self.n_skipped_steps += round(n_skipped)
         if n_skipped > len(log) / 2:
-            self._set_trainable(start)
+            self._set_moved(start)
             raise NonFiniteError(describe_steps(log, self.num_timesteps))
         means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
@@ -702,7 +703,7 @@ class SAFE(OnPolicyAlgorithm):
     def _keep_within_bound(self, start: list[Tensor], log: list[dict[str, float]]) -> float:
         """Undo as much of the update as takes the policy beyond ``max_preview_kl``.
 
-        :param start: trainable parameters before the update.
+        :param start: what :meth:`_get_moved` gave before the update.
         :param log: of every minibatch, how many ``actions`` it had, and their KL to the rollout policy before its step,
             ``approx_kl``, nats per action.
         :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
@@ -713,7 +714,7 @@ class SAFE(OnPolicyAlgorithm):
         told = min(parts["actions"] for parts in log) >= MIN_TELLING
         if told and surely_within([parts["approx_kl"] for parts in log], self.max_preview_kl):
             return 1.0
-        return walk_back(start, self._get_trainable(), self._set_trainable, self._whole_batch_kl, self.max_preview_kl)
+        return walk_back(start, self._get_moved(), self._set_moved, self._whole_batch_kl, self.max_preview_kl)
 
     @th.no_grad()
     def _whole_batch_kl(self) -> float:
@@ -733,13 +734,18 @@ class SAFE(OnPolicyAlgorithm):
     def _trainable(self) -> list[Tensor]:
         return [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
 
-    def _get_trainable(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._trainable()]
+    def _moved(self) -> list[Tensor]:
+        """What an update moves: the parameters that are trained, and the target critics that follow them."""
+        named = itertools.chain(self.policy.named_parameters(), self.policy.named_buffers())
+        return [*self._trainable(), *(tensor for name, tensor in named if name.startswith("target_"))]
+
+    def _get_moved(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._moved()]
 
     @th.no_grad()
-    def _set_trainable(self, values: Iterable[Tensor]) -> None:
-        for parameter, value in zip(self._trainable(), values, strict=True):
-            parameter.copy_(value)
+    def _set_moved(self, values: Iterable[Tensor]) -> None:
+        for tensor, value in zip(self._moved(), values, strict=True):
+            tensor.copy_(value)
         # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
         self.policy.set_training_mode(True)
 

@@ -104,11 +104,11 @@ def _temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
 
 
-def poisoned(**kwargs: Any) -> SAFE:
+def poisoned(critic_tau: float = 1.0, **kwargs: Any) -> SAFE:
     """Two environments, of which the second fails at its step 70: step 6 of the third rollout."""
     actions = kwargs.get("actions", "discrete")
     env = DummyVecEnv([lambda: TinyEnv(actions=actions), lambda: PoisonedEnv(after=70, **kwargs)])
-    return SAFE("MlpPolicy", env, **SMALL)
+    return SAFE("MlpPolicy", env, critic_tau=critic_tau, **SMALL)
 
 
 def state(model: SAFE) -> dict[str, th.Tensor]:
@@ -215,9 +215,10 @@ def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: An
     assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model._trainable())
 
 
+@pytest.mark.parametrize("critic_tau", [1.0, 0.5])
 @pytest.mark.parametrize(("what", "named"), [(poison, "the loss"), (poison_gradient, "the gradient")])
-def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str):
-    model, before = after_two_rollouts()
+def test_an_update_most_of_which_is_not_finite_is_undone(what: Any, named: str, critic_tau: float):
+    model, before = after_two_rollouts(critic_tau=critic_tau)
     rewards = list(model.controller.rewards)
     intact = model._gradient
     what(model, lambda number: number >= 3)

@@ -119,7 +119,7 @@ def collect(model: SAFE) -> None:
 def test_parameters_that_are_not_finite_go_back_to_exactly_the_old_ones(env_id: str, value: float):
     model, _ = learned(env_id=env_id)
     collect(model)
-    start = model._get_trainable()
+    start = model._get_moved()
     with th.no_grad():
         for parameter in model._trainable():
             parameter.view(-1)[0] = value
@@ -132,7 +132,7 @@ def test_parameters_that_are_not_finite_go_back_to_exactly_the_old_ones(env_id: 
 def test_walking_back_stays_on_the_line_to_the_old_parameters():
     model, _ = learned()
     collect(model)
-    start = model._get_trainable()
+    start = model._get_moved()
     direction = [th.randn_like(parameter) for parameter in start]
     with th.no_grad():
         for parameter, step in zip(model._trainable(), direction, strict=True):
@@ -143,6 +143,26 @@ def test_walking_back_stays_on_the_line_to_the_old_parameters():
     assert whole_batch_kl(model) <= 0.01
     for before, after, step in zip(start, model._trainable(), direction, strict=True):
         np.testing.assert_allclose((after - before).detach(), kept * 3.0 * step, atol=1e-5)
+
+
+def state(model: SAFE) -> dict[str, th.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize("bound", [0.01, 1e-30])
+def test_target_critics_go_back_by_the_share_by_which_the_critics_do(bound: float):
+    model = watched(critic_tau=0.5, learning_rate=0.1, max_preview_kl=bound)
+    keep, ends = model._keep_within_bound, []
+    model._keep_within_bound = lambda *args: (ends.append(state(model)), keep(*args))[1]  # type: ignore[method-assign]
+    starts = state(model)
+    model.learn(128)
+    kept = model.kept[0]
+    assert kept == 0 if bound < 1e-10 else 0 < kept < 1
+    moved = {name for name in starts if not th.equal(starts[name], ends[0][name]) and name != "return_scale"}
+    assert {"target_bodies.weights.0", "target_weight", "target_bias"} <= moved
+    for name in moved:
+        expected = th.lerp(starts[name], ends[0][name], kept)
+        np.testing.assert_allclose(state(model)[name], expected, atol=1e-6, err_msg=name)
 
 
 def test_a_leap_of_the_last_step_is_walked_back_though_no_minibatch_measured_it():
@@ -188,7 +208,7 @@ def test_a_last_minibatch_of_one_action_does_not_leap_unmeasured():
 def test_a_bound_below_rounding_ends_and_keeps_the_old_parameters():
     model, _ = learned(max_preview_kl=1e-30)
     collect(model)
-    start = model._get_trainable()
+    start = model._get_moved()
     # The rollout's own log-probabilities are a rounding away from those that are computed anew.
     model.rollout_buffer.log_probs += 1e-4
     model.rollout_buffer._flat = {}
