@@ -17,7 +17,7 @@ PROBE_TOKENS = 4
 def hidden_states(
     lm: Any, ids: Tensor, mask: Any = None, slots: SlotCache | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states ``[b, q, h]``.
+    """Last hidden states ``[b, q, h]``, in the precision of the output layer.
 
     Without a mask rows are causal, which right-padding does not disturb, and where positions begin anew within a row,
     so does attention.
@@ -39,7 +39,8 @@ def hidden_states(
         past_key_values=slots,
         use_cache=slots is not None,
     )
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    # On a GPU autocast makes the last norm's output float32 where that is an nn.LayerNorm, as of GPT-2 and NeoX.
+    return output.last_hidden_state.to(lm.get_output_embeddings().weight.dtype)  # type: ignore[no-any-return]
 
 
 def next_logits(lm: Any, hidden: Tensor) -> Tensor:

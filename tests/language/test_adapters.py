@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import torch as th
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, PhimoeConfig, Qwen3MoeConfig
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GPTNeoXConfig,
+    PhimoeConfig,
+    Qwen3MoeConfig,
+)
 
 from sb3_safe import SAFE
 from sb3_safe.language import adapters as adapters_module
 
-from .conftest import VOCAB_SIZE, make_config
+from .conftest import VOCAB_SIZE, make_config, make_tokenizer
 from .test_agreement import rollout, text_model
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
@@ -78,6 +86,34 @@ def test_in_low_precision_the_first_ratio_is_exactly_one(env_kwargs: dict[str, A
         for piece in pieces:
             log_prob = model.policy.evaluate(piece.observations, piece.actions).log_prob
             assert th.equal(log_prob.detach(), piece.old_log_prob)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox"])
+def test_a_last_norm_that_autocast_makes_float32_fits_an_output_layer_in_low_precision(
+    architecture: str, env_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a GPU does with nn.LayerNorm; that of a CPU does not."""
+    config = make_config("gpt2")
+    if architecture == "neox":
+        config = GPTNeoXConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    layer_norm = F.layer_norm
+
+    def as_on_a_gpu(x: th.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> th.Tensor:
+        if not th.is_autocast_enabled("cpu"):
+            return layer_norm(x, shape, weight, bias, eps)
+        with th.autocast("cpu", enabled=False):
+            x, weight, bias = (None if tensor is None else tensor.float() for tensor in (x, weight, bias))
+            return layer_norm(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", as_on_a_gpu)
+    model = adapted(env_kwargs | {"model": str(tmp_path)}, th.bfloat16)
+    model.learn(13 * 6 * 2)
+    assert all(th.isfinite(value).all() for value in model.policy.state_dict().values())
 
 
 def test_the_reference_is_the_model_without_adapters(env_kwargs: dict[str, Any]) -> None:
