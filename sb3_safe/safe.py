@@ -321,6 +321,8 @@ class SAFE(OnPolicyAlgorithm):
                 self.observation_space
             )
         super()._setup_model()
+        if self.seed is not None and self.num_timesteps > 0:  # from a file: not the random numbers that it began with
+            self.set_random_seed((self.seed + self.num_timesteps) % 2**32)
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
@@ -820,6 +822,10 @@ class SAFE(OnPolicyAlgorithm):
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
         the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
         Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
+
+        Not in a file are the environment, its unfinished episodes, and the state of random generators: a model with a
+        seed that has taken steps goes on with ``seed + num_timesteps``, and so with random numbers that depend on the
+        file alone and are not those that it began with.
 
         :param path: what ``save`` was given.
         :param env: the environment to go on with; ``None`` to predict only.

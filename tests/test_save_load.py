@@ -51,6 +51,31 @@ def observations(model: SAFE) -> Any:
     return model.rollout_buffer.observations[:, 0]
 
 
+def test_a_run_that_is_resumed_again_and_again_never_sees_the_same_random_numbers_twice(tmp_path: Path):
+    """Whoever resumes it from the same file sees the same ones."""
+
+    def drawn() -> tuple[float, ...]:
+        return (*model.get_env().reset().ravel().tolist(), float(th.rand(())), float(np.random.rand()))
+
+    model = SAFE("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    seen = [drawn()]
+    for _ in range(3):
+        model.learn(64, reset_num_timesteps=False).save(tmp_path / "model")
+        twice = []
+        for _ in range(2):
+            model = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2))
+            twice.append(drawn())
+        assert twice[0] == twice[1]
+        seen.append(twice[0])
+    assert len({value for values in seen for value in values}) == sum(map(len, seen))
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, None])
+def test_any_seed_can_be_resumed(tmp_path: Path, seed: int | None):
+    trained(seed=seed).save(tmp_path / "model")
+    SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 1)).learn(32, reset_num_timesteps=False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_that_was_learned_survives(tmp_path: Path, kind: str):
     model = trained(**KINDS[kind])
