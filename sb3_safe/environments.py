@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -80,6 +81,19 @@ def advertised_policy_kwargs(env: VecEnv, policy: str | None = None) -> dict[str
     """
     metadata = _metadata(env)
     return dict(metadata.get("policy_kwargs", {})) if policy in (None, metadata.get("policy")) else {}
+
+
+def joined_policy_kwargs(advertised: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an environment advertises and what is given, which wins; of ``model_kwargs`` each argument for itself.
+
+    :param advertised: see :func:`advertised_policy_kwargs`.
+    :param given: arguments of the policy.
+    """
+    given = given or {}
+    joined = {**advertised, **given}
+    if "model_kwargs" in advertised:
+        joined["model_kwargs"] = {**(advertised["model_kwargs"] or {}), **(given.get("model_kwargs") or {})}
+    return joined
 
 
 def _metadata(env: VecEnv) -> dict[str, Any]:

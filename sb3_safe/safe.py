@@ -218,7 +218,7 @@ class SAFE(OnPolicyAlgorithm):
             if isinstance(policy, str):
                 environments.check_policy(env, policy)
                 advertised = environments.advertised_policy_kwargs(env, policy)
-                policy_kwargs = advertised | (policy_kwargs or {})
+                policy_kwargs = environments.joined_policy_kwargs(advertised, policy_kwargs)
         super().__init__(
             policy,  # type: ignore[arg-type]
             env,  # type: ignore[arg-type]

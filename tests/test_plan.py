@@ -137,7 +137,7 @@ def test_adapters_that_are_there_are_not_advised_but_lower_precision_is() -> Non
     plan = small_plan(lora=LORA)
     advice = advice_for(plan, plan.total - 1)
     assert not any("lora" in piece for piece in advice)
-    assert any('model_kwargs={"dtype": "bfloat16"}' in piece for piece in advice)
+    assert any('env_kwargs={"model_kwargs": {"dtype": "bfloat16"}}' in piece for piece in advice)
 
 
 def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

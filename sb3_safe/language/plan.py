@@ -272,7 +272,7 @@ def _changes(plan: MemoryPlan, available: int) -> Iterator[Change]:
     policy: Blueprint = arguments["policy"]
     ladders: dict[str, list[tuple[str, Any]]] = {
         "gradient_checkpointing": [("pass gradient_checkpointing=True", True)],
-        "policy": [('pass model_kwargs={"dtype": "bfloat16"}', replace(policy, dtype=th.bfloat16))],
+        "policy": [('pass env_kwargs={"model_kwargs": {"dtype": "bfloat16"}}', replace(policy, dtype=th.bfloat16))],
     }
     if policy.lora is None:  # what is trained itself needs its precision
         ladders["policy"] = [("pass lora=True", replace(policy, lora={}))] if find_spec("peft") else []

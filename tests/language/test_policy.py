@@ -33,6 +33,13 @@ def observe(texts: list[list[int]], width: int = 20) -> dict[str, th.Tensor]:
     return {"input_ids": ids, "length": lengths, "prompt_length": th.ones_like(lengths)}
 
 
+def test_arguments_of_the_model_come_from_the_environment_and_from_the_policy(env_kwargs: dict[str, Any]) -> None:
+    env_kwargs = env_kwargs | {"model_kwargs": {"attn_implementation": "eager", "dtype": "float64"}}
+    lm = text_model(env_kwargs, policy_kwargs={"lora": {"r": 4}, "model_kwargs": {"dtype": "bfloat16"}}).policy.lm
+    assert lm.config._attn_implementation == "eager"
+    assert lm.dtype == th.bfloat16
+
+
 def test_a_slot_is_stale_when_its_text_changed_though_not_its_length() -> None:
     slots = SlotCache(make_config("qwen2"), 3, 6, th.device("cpu"))
     ids = th.tensor([[5, 6, 7, 0, 0, 0], [5, 6, 8, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
