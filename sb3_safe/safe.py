@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -31,6 +32,7 @@ from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
 from sb3_safe.controller import KLController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
+from sb3_safe.files import replacing
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
     PessimisticCritics,
@@ -421,14 +423,21 @@ class SAFE(OnPolicyAlgorithm):
     def _rescue(self, error: BaseException) -> None:
         """Save what was learned before an error goes up, and note on it where. Nothing may take the error's place."""
         logger: Logger | None = getattr(self, "_logger", None)
-        folder = Path((logger and logger.get_dir()) or tempfile.gettempdir())
-        path = folder / f"safe_rescue_{self.num_timesteps}_steps.zip"
-        try:
-            self.save(path)
-        except Exception as failure:
-            error.add_note(f"The last good parameters are in the model; they could not be saved to {path}: {failure!r}")
-        else:
-            error.add_note(f"The last good parameters are in the model, and saved to {path}")
+        log_folder = logger and logger.get_dir()
+        folders = [log_folder] if log_folder else []
+        with suppress(OSError):  # there may be no place for temporary files
+            folders.append(tempfile.gettempdir())
+        for folder in dict.fromkeys(folders):
+            path = Path(folder) / f"safe_rescue_{self.num_timesteps}_steps.zip"
+            try:
+                self.save(path)
+            except Exception as failure:
+                error.add_note(
+                    f"The last good parameters are in the model; they could not be saved to {path}: {failure!r}"
+                )
+            else:
+                error.add_note(f"The last good parameters are in the model, and saved to {path}")
+                return
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar:  # one that shows more than SB3's
@@ -804,6 +813,9 @@ class SAFE(OnPolicyAlgorithm):
     ) -> None:
         """Save parameters, optimizer, controller, and the statistics of a ``VecNormalize`` around the environment.
 
+        A file that is there already is replaced when all of the new one is written: a full disk or the end of the
+        process leaves it as it was.
+
         :param path: file, with or without ``.zip``.
         :param exclude: attributes to leave out besides the usual ones.
         :param include: attributes to save although they usually are not.
@@ -811,7 +823,8 @@ class SAFE(OnPolicyAlgorithm):
         waiting = self._normalizer
         self._normalizer = self._vec_normalize_env or waiting
         try:
-            super().save(path, exclude, include)
+            with replacing(path) if isinstance(path, str | Path) else nullcontext(path) as file:
+                super().save(file, exclude, include)
         finally:
             self._normalizer = waiting
 

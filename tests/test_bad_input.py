@@ -1,5 +1,6 @@
 """What is wrong is said before training, by the name of the argument; what goes wrong later leaves a good model."""
 
+import errno
 import itertools
 import math
 import tempfile
@@ -15,6 +16,7 @@ import torch as th
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -293,6 +295,26 @@ def test_a_model_that_cannot_be_saved_does_not_hide_the_error(tmp_path: Path):
     with pytest.raises(ConnectionError, match="simulator") as caught:
         model.learn(512)
     assert "could not be saved" in caught.value.__notes__[0]
+
+
+def test_what_the_folder_of_the_log_does_not_take_is_saved_in_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = SAFE("MlpPolicy", DummyVecEnv([Breaking]), **SMALL)
+    model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    save = SAFE.save
+
+    def full(self: SAFE, path: Path) -> None:
+        if path.parent.name == "log":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(SAFE, "save", full)
+    with pytest.raises(ConnectionError, match="simulator") as caught:
+        model.learn(512)
+    failure, success = caught.value.__notes__
+    assert "could not be saved" in failure and str(tmp_path / "log") in failure
+    assert SAFE.load(success.split(" saved to ")[1]).num_timesteps == model.num_timesteps
 
 
 def test_an_error_before_anything_is_learned_is_left_alone(tmp_path: Path):
