@@ -27,6 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 
+from sb3_safe import arguments
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
 from sb3_safe.fast_mlp import FastMlp, fast_path, has_hooks
@@ -108,12 +109,7 @@ class PessimisticCritics(nn.Module):
         return nullcontext()
 
     def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be at least 1, got {n_critics}")
-        if not soft_min_alpha >= 0:
-            raise ValueError(
-                f"soft_min_alpha must be at least 0 (0: minimum, inf: mean of the critics), got {soft_min_alpha}"
-            )
+        arguments.checked({"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}, arguments.POLICY)
         self.n_critics = n_critics
         self.soft_min_alpha = soft_min_alpha
         self.register_buffer("return_scale", th.ones(()))

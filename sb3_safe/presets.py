@@ -15,6 +15,8 @@ import yaml
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
+from sb3_safe.arguments import CONSTRUCTOR, checked
+
 PRESETS_FILE = Path(__file__).with_name("presets.yml")
 KEYWORDS = ("policy_kwargs", "env_kwargs", "rollout_buffer_kwargs")
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
@@ -61,7 +63,7 @@ def is_env_id(name: str) -> bool:
 
 
 def with_presets(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a constructor called with an environment id alone start from that id's preset.
+    """Let a constructor called with an environment id alone start from that id's preset. What is given is checked.
 
     A decorator, because only the call itself shows which arguments were given and which are defaults.
     """
@@ -71,6 +73,8 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
+        # Before anything is made of them: a preset, environments.
+        given |= checked(given, CONSTRUCTOR)
         policy = given.get("policy", "auto")
         by_id = isinstance(policy, str) and given.get("env") is None and is_env_id(policy)
         if not by_id:

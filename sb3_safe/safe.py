@@ -7,7 +7,7 @@ import math
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from io import BufferedIOBase
 from pathlib import Path
@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch import Tensor
 
-from sb3_safe import environments, functional
+from sb3_safe import arguments, environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
 from sb3_safe.controller import KLController, make_controller, rollout_threshold
@@ -56,16 +56,6 @@ others: the last one of a pass has what is left over, and the advantage of a sin
 RETURN_SCALE_DECAY = 0.9
 LARGEST_RETURN = float(np.finfo(np.float32).max)
 """Of an episode that the controller is told of. Rewards that are trained on are in single precision."""
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "n_epochs": (lambda value: value >= 1, "at least 1"),
-    "clip_range_vf": (lambda value: value > 0, "positive, or None for no clipping"),
-    "huber_delta": (lambda value: value > 0, "positive, or None for the squared error"),
-    "critic_tau": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "max_preview_kl": (lambda value: value > 0, "positive, or None for no bound"),
-    "critic_warmup": (lambda value: value >= 0, "at least 0"),
-}
-"""Of single numbers among the arguments; a schedule is not looked into."""
 LOSS = ("_loss", "_kl_term")
 """Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
 
@@ -114,7 +104,7 @@ class SAFE(OnPolicyAlgorithm):
     :param normalize_advantage: whether advantages are standardised per minibatch.
     :param ent_coef: coefficient of the entropy bonus.
     :param vf_coef: coefficient of the critic loss.
-    :param max_grad_norm: the gradient is clipped to this norm.
+    :param max_grad_norm: the gradient is clipped to this norm; ``float("inf")``: no clipping.
     :param use_sde: generalised state-dependent exploration, for Box actions.
     :param sde_sample_freq: steps between two noise matrices; -1: one a rollout.
     :param rollout_buffer_class: an :class:`~sb3_safe.buffers.AnnotatedRollout`; ``None``: the one that fits.
@@ -289,10 +279,6 @@ class SAFE(OnPolicyAlgorithm):
     def _choose_automatic(self) -> None:
         """Put values where ``"auto"`` or ``None`` was given, to the constructor or to load()."""
         self.kl_controller_kwargs = self.kl_controller_kwargs or {}
-        if not isinstance(self.kl_controller_kwargs, Mapping):
-            raise ValueError(
-                f"kl_controller_kwargs must be a dict, got {self.kl_controller_kwargs!r} (in a yaml file: a mapping)"
-            )
         if self.kl_reference == "auto":
             self.kl_reference = getattr(self.policy_class, "kl_reference", "rollout")
         if self.kl_reference not in ESTIMATORS:
@@ -342,11 +328,14 @@ class SAFE(OnPolicyAlgorithm):
 
         Called from ``_setup_model``, because ``load()`` sets attributes after the constructor.
         """
+        vars(self).update(arguments.checked(vars(self), arguments.CONSTRUCTOR))
+        arguments.checked(self.policy_kwargs, arguments.POLICY)
         self._check_policy()
-        if self.rollout_buffer_class is not None and not issubclass(self.rollout_buffer_class, AnnotatedRollout):
+        buffer = self.rollout_buffer_class
+        if buffer is not None and not (isinstance(buffer, type) and issubclass(buffer, AnnotatedRollout)):
             raise ValueError(
-                f"rollout_buffer_class={self.rollout_buffer_class.__name__} is not an AnnotatedRollout: derive it from "
-                "a class of sb3_safe.buffers"
+                f"rollout_buffer_class={getattr(buffer, '__name__', repr(buffer))} is not an AnnotatedRollout: derive "
+                "it from a class of sb3_safe.buffers"
             )
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
@@ -360,10 +349,6 @@ class SAFE(OnPolicyAlgorithm):
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
-        for name, (fits, wanted) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not callable(value) and (isinstance(value, str) or not fits(value)):
-                raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
     def _check_policy(self) -> None:
         policy, ancestors = self.policy_class, self.policy_class.__mro__

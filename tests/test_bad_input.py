@@ -3,8 +3,10 @@
 import errno
 import itertools
 import math
+import re
 import tempfile
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_safe import SAFE, FixedKL, NonFiniteError, TwinCriticPolicy
+from sb3_safe import SAFE, FixedKL, NonFiniteError, TwinCriticPolicy, environments
 from tests.tiny_envs import ACTIONS, PoisonedEnv, TinyEnv
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
@@ -76,6 +78,104 @@ def test_a_wrong_argument_is_named_with_the_fix_before_training(arguments: dict[
     with pytest.raises(ValueError) as caught:
         SAFE(**({"policy": "MlpPolicy", "env": "CartPole-v1"} | SMALL | arguments))
     assert all(word in str(caught.value) for word in said), str(caught.value)
+
+
+UNFIT: dict[str, list[Any]] = {
+    "learning_rate": [-1e-3, math.nan, math.inf, None, True],
+    "n_steps": [0, 32.0, None],
+    "batch_size": [-1, 64.0, None],
+    "n_epochs": [0, 1.5, None],
+    "gamma": [-1, 1.5, math.nan, None],
+    "gae_lambda": [-0.1, 2, None],
+    "clip_range": [-0.2, 0, math.nan, None],
+    "clip_range_vf": [-0.2, 0],
+    "normalize_advantage": ["no", None, 2],
+    "ent_coef": [math.nan, math.inf, "auto", None],
+    "vf_coef": [-1, math.nan, math.inf, None],
+    "use_sde": ["no"],
+    "sde_sample_freq": [0, -2, 1.5, None],
+    "target_kl": [-1, 0, math.nan],
+    "huber_delta": [-1, lambda progress: progress],
+    "critic_tau": [None],
+    "max_preview_kl": ["automatic"],
+    "critic_warmup": [-1, 1.5, None],
+    "n_envs": [2.0, None],
+    "stats_window_size": [0, 10.0, None],
+    "seed": [-1, 0.5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNFIT.items() for value in values])
+def test_a_number_that_does_not_fit_is_named_before_an_environment_is_made(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(environments, "make", None)
+    for by_id in ({"policy": "MlpPolicy", "env": "CartPole-v1"}, {"policy": "CartPole-v1"}):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+            SAFE(**(by_id | {name: value}))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "clip_range", "n_steps", "n_envs", "gamma", "seed"])
+def test_a_number_that_is_a_string_is_told_from_one_that_yaml_reads(name: str):
+    with pytest.raises(ValueError, match=rf"{name} must be .*, got '1e-5', a string: .*quotes.*YAML.*1\.0e-5"):
+        SAFE("MlpPolicy", "CartPole-v1", **{name: "1e-5"})
+
+
+@pytest.mark.parametrize("name", ["policy_kwargs", "env_kwargs", "rollout_buffer_kwargs", "kl_controller_kwargs"])
+@pytest.mark.parametrize("by_id", [("MlpPolicy", "CartPole-v1"), ("Pendulum-v1",), ("TextGenEnv-v0",)])
+def test_arguments_of_a_part_are_a_dict(name: str, by_id: tuple[str, ...]):
+    for value in (3, "dict(a=1)"):
+        with pytest.raises(ValueError, match=rf"{name} must be a dict .*yaml.*got .*{re.escape(str(value))}"):
+            SAFE(*by_id, **{name: value})
+
+
+@pytest.mark.parametrize("kwargs", [{"n_critics": 2.0}, {"n_critics": None}, {"soft_min_alpha": "x"}], ids=str)
+def test_a_number_for_the_critics_that_does_not_fit_is_named(kwargs: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be a"):
+        SAFE("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, **SMALL)
+
+
+def test_no_clipping_of_the_gradient_is_said_to_be_infinity_and_is():
+    with pytest.raises(ValueError, match=r"max_grad_norm must be .*float\('inf'\) for no clipping, got None"):
+        SAFE("MlpPolicy", "CartPole-v1", max_grad_norm=None)
+    for value in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="max_grad_norm"):
+            SAFE("MlpPolicy", "CartPole-v1", max_grad_norm=value)
+    unclipped, huge = (
+        SAFE("MlpPolicy", "CartPole-v1", max_grad_norm=limit, **SMALL).learn(32) for limit in (math.inf, 1e9)
+    )
+    assert all(map(th.equal, unclipped._trainable(), huge._trainable()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"clip_range_vf": None, "huber_delta": None, "max_preview_kl": None, "target_kl": None, "seed": None},
+        {"ent_coef": 0, "vf_coef": 0, "gamma": 1, "gae_lambda": 0},
+        {"gamma": 0, "gae_lambda": 1, "ent_coef": -0.01, "learning_rate": 0, "normalize_advantage": 0},
+        {"learning_rate": lambda progress: 1e-3 * progress, "clip_range": lambda _: 0.1, "clip_range_vf": lambda _: 1},
+        {"n_steps": np.int64(32), "batch_size": np.int32(16), "n_epochs": np.int64(1), "seed": np.int64(3)},
+        {"n_envs": np.int64(2), "stats_window_size": np.int64(5), "critic_warmup": np.int64(1)},
+        {"learning_rate": np.float32(1e-3), "clip_range": np.float32(0.2), "clip_range_vf": np.float32(0.2)},
+        {"gamma": np.float32(0.9), "huber_delta": np.float32(1), "max_preview_kl": np.float64(0.1)},
+        {"normalize_advantage": np.bool_(True), "target_kl": np.float32(0.1), "max_grad_norm": np.float32(0.5)},
+        {"policy_kwargs": {"n_critics": np.int64(3), "soft_min_alpha": np.float32(0.3)}},
+        {"policy_kwargs": types.MappingProxyType({"n_critics": 1}), "rollout_buffer_kwargs": None},
+        {"policy_kwargs": {"soft_min_alpha": math.inf}, "vf_coef": 1, "critic_tau": 1, "max_grad_norm": 1},
+    ],
+    ids=str,
+)
+def test_what_fits_is_taken_in_any_form_of_number(arguments: dict[str, Any], tmp_path: Path):
+    model = SAFE(**({"policy": "MlpPolicy", "env": "CartPole-v1"} | SMALL | arguments)).learn(64)
+    model.save(tmp_path / "model")
+    SAFE.load(tmp_path / "model", env=model.env).learn(64)
+
+
+def test_numpy_numbers_are_taken_on_loading_too(tmp_path: Path):
+    after_two_rollouts()[0].save(tmp_path / "model")
+    model = SAFE.load(tmp_path / "model", clip_range=np.float32(0.25), seed=np.int64(1), env=DummyVecEnv([TinyEnv]))
+    assert model.clip_range(1.0) == 0.25
+    model.learn(32)
 
 
 def test_a_misspelt_argument_is_a_type_error_as_everywhere_in_python():
@@ -335,10 +435,11 @@ class OwnEvaluation(TwinCriticPolicy):
     ("policy", "kwargs", "named"),
     [
         ("MlpPolicy", {"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class=RolloutBuffer"),
+        ("MlpPolicy", {"rollout_buffer_class": "x"}, "rollout_buffer_class='x' is not"),
         (OwnEvaluation, {}, "OwnEvaluation overrides evaluate_actions"),
         ("LanguagePolicy", {}, "policy='LanguagePolicy' needs observations"),
     ],
-    ids=["buffer", "evaluate_actions", "language"],
+    ids=["buffer", "no class", "evaluate_actions", "language"],
 )
 def test_a_class_that_does_not_fit_is_refused_at_once(policy: Any, kwargs: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):

@@ -179,7 +179,22 @@ def test_arguments_can_be_replaced_on_loading(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n_epochs", 0), ("huber_delta", -1.0), ("critic_tau", 0.0), ("max_preview_kl", 0.0), ("kl_estimator", "k1")],
+    [
+        ("n_epochs", 0),
+        ("huber_delta", -1.0),
+        ("critic_tau", 0.0),
+        ("max_preview_kl", 0.0),
+        ("kl_estimator", "k1"),
+        ("target_kl", -1.0),
+        ("max_grad_norm", None),
+        ("gamma", 1.5),
+        ("ent_coef", math.nan),
+        ("learning_rate", "3e-4"),
+        ("n_steps", 16.0),
+        ("rollout_buffer_class", "x"),
+        ("rollout_buffer_kwargs", 3),
+        ("kl_controller_kwargs", "dict(coef=1)"),
+    ],
 )
 def test_a_wrong_argument_on_loading_is_refused(tmp_path: Path, name: str, value: Any):
     trained().save(tmp_path / "model")
