@@ -3,9 +3,9 @@
 Everything is computed from the curves in the result files, so a definition that changes needs no new runs. All of
 them, for a run with points (steps t_i, mean true return r_i of the n_i episodes that ended since the point before):
 
-- final: mean return of the episodes of the last tenth of training
+- final: mean return of the episodes of the last tenth of training, up to the last point with one
 - average: mean of r over training time, sum of r_i (t_i - t_{i-1}) / t_last; a point without an episode repeats the one
-  before
+  before, and the first one with an episode counts from the start
 - dispersion: sb3_safe.stability.dispersion of r_i, the root mean square of its jumps; "net": less what sampling a few
   episodes explains
 - crashes: sb3_safe.stability.crashes of the smoothed r_i, from within 10 % of the best gain to under half of it; the
@@ -67,7 +67,7 @@ def measures(result: Mapping[str, Any], random_return: float) -> dict[str, float
     kls = [value for value in result["curve"]["kl_max"] if value is not None]
     return {
         "final": float(np.average(returns[late], weights=curve["episodes"][late])),
-        "average": float(np.sum(returns * np.diff(steps, prepend=0.0)) / steps[-1]),
+        "average": float(np.average(returns, weights=curve["span"])),
         "dispersion": jumps.rms,
         "dispersion_net": jumps.net,
         "crashes": crashes(smooth(returns), noise=float(first.mean()) if first.size else 0.0),

@@ -32,18 +32,25 @@ def read_results(folder: Path, column: str) -> Runs:
 def filled_curve(result: Mapping[str, Any], afterwards: Mapping[str, float]) -> dict[str, FloatArray]:
     """Columns of a run's points that have episodes; where it stopped at NaN, made-up ones from there to its budget.
 
+    A column more is ``span``: the steps that a point's values stand for, its own and those of the points without an
+    episode after it, which repeat it. Before the first episode there is nothing to repeat: those steps are the first's.
+
     :param result: of one run.
     :param afterwards: what columns have from there on; others have NaN.
     """
     columns = {name: np.array(values, dtype=np.float64) for name, values in result["curve"].items()}
     known = columns["episodes"] > 0
+    last = columns["timesteps"][-1]
+    begins = np.concatenate([[0.0], columns["timesteps"][:-1]])[known]
+    begins[0] = 0.0
     columns = {name: column[known] for name, column in columns.items()}
+    columns["span"] = np.diff(begins, append=last)
     if result["diverged"] is not None:
-        last = columns["timesteps"][-1]
         spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
         # As many as the smoothing of crashes needs to see the fall.
         count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
         rest = {name: np.full(count, value) for name, value in {"episodes": 1.0, **afterwards}.items()}
+        rest["span"] = np.full(count, spacing)
         rest["timesteps"] = last + spacing * np.arange(1, count + 1)
         unknown = np.full(count, math.nan)
         columns = {name: np.concatenate([column, rest.get(name, unknown)]) for name, column in columns.items()}

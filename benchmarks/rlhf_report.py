@@ -5,7 +5,8 @@ them, for a run with points (steps t_i, mean gold score g_i and mean reward r_i 
 point before):
 
 - final: mean over the texts of the last tenth of training
-- average: mean of r, or g, over training time, sum of r_i (t_i - t_{i-1}) / t_last
+- average: mean of r, or g, over training time, sum of r_i (t_i - t_{i-1}) / t_last; a point without a text repeats the
+  one before
 - best gold: the highest of the smoothed g_i (mean of 5 points)
 - crashes: sb3_safe.stability.crashes of the smoothed g_i, from within 10 % of the best gain over the untrained model to
   under half of it; gains within three standard errors of a smoothed point do not count
@@ -74,15 +75,14 @@ def measures(result: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, f
     error = start["gold_std"] / math.sqrt(SMOOTHING * float(np.median(texts)))
     jumps = dispersion(curve["reward"], curve["reward_std"], texts)
     final = float(np.average(curve["gold"][late], weights=texts[late]))
-    spans = np.diff(steps, prepend=0.0) / steps[-1]
     final_error = start["gold_std"] / math.sqrt(float(texts[late].sum()))
     last = {name: curve[name][late] for name in LAST}
     return {
         "final_gold": final,
         "best_gold": float(levels.max()),
         "final_reward": float(np.average(curve["reward"][late], weights=texts[late])),
-        "average_reward": float(np.sum(curve["reward"] * spans)),
-        "average_gold": float(np.sum(curve["gold"] * spans)),
+        "average_reward": float(np.average(curve["reward"], weights=curve["span"])),
+        "average_gold": float(np.average(curve["gold"], weights=curve["span"])),
         "dispersion_net": jumps.net,
         "crashes": crashes(levels, start=start["gold"], noise=SIGNIFICANT * error),
         "ruined": float(final < start["gold"] - SIGNIFICANT * final_error),

@@ -258,9 +258,20 @@ def test_average_weighs_by_time_and_final_is_the_last_tenth() -> None:
     assert control_report.measures(result_with([float(i) for i in range(20)]), 0.0)["final"] == pytest.approx(18.5)
 
 
-def test_points_without_an_episode_are_bridged() -> None:
+def test_a_point_without_an_episode_repeats_the_one_before() -> None:
     figures = control_report.measures(result_with([0.0, None, 10.0]), 0.0)
-    assert figures["average"] == pytest.approx((0 * 100 + 10 * 200) / 300)
+    assert figures["average"] == pytest.approx((0 * 200 + 10 * 100) / 300)
+    figures = control_report.measures(result_with([None, 4.0, None, 10.0, None, None]), 0.0)
+    assert figures["average"] == pytest.approx((4 * 300 + 10 * 300) / 600)
+
+
+def test_what_a_run_stands_for_adds_up_to_its_steps() -> None:
+    result = result_with([None, 4.0, None, 10.0, None])
+    assert control_report.filled_curve(result, {})["span"].tolist() == [300, 200]
+    stopped = result | {"diverged": "not finite", "budget": 1500}
+    curve = control_report.filled_curve(stopped, control_report.after_nan(-7.0))
+    assert curve["timesteps"][2] > 500
+    assert curve["span"].sum() == curve["timesteps"][-1] >= 1500
 
 
 def test_a_collapse_counts_as_a_crash_whatever_the_sign_of_the_returns() -> None:

@@ -204,6 +204,13 @@ def test_final_is_the_last_tenth_and_best_is_smoothed() -> None:
     assert figures["best_gold"] == pytest.approx(17 / 20)
 
 
+def test_a_point_without_a_text_repeats_the_one_before() -> None:
+    result = result_with([0.2, 0.9, 0.5])
+    result["curve"] |= {"episodes": [60, 0, 60], "gold": [0.2, None, 0.5], "reward": [0.2, None, 0.5]}
+    figures = rlhf_report.measures(result, START)
+    assert figures["average_gold"] == figures["average_reward"] == pytest.approx((0.2 * 200 + 0.5 * 100) / 300)
+
+
 def test_a_run_that_stops_at_nan_is_worth_nothing_from_there_on() -> None:
     result = result_with([0.7] * 10, diverged="not finite", budget=2000)
     figures = rlhf_report.measures(result, START)
