@@ -10,7 +10,7 @@ them, for a run with points (steps t_i, mean true return r_i of the n_i episodes
   episodes explains
 - crashes: sb3_safe.stability.crashes of the smoothed r_i, from within 10 % of the best gain to under half of it; the
   noise that does not count is the mean deviation of the returns at the first points
-- a run that stopped at NaN counts as the random policy from there on
+- a run that stopped at NaN counts as the random policy from there on, with as many episodes a point as before (median)
 - normalised: 0 is a random policy, 1 the RL Zoo's published PPO
 
 Intervals are 95 % stratified bootstrap. Over several tasks (and settings) each counts alike, whatever the number of

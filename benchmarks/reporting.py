@@ -34,6 +34,7 @@ def filled_curve(result: Mapping[str, Any], afterwards: Mapping[str, float]) -> 
 
     A column more is ``span``: the steps that a point's values stand for, its own and those of the points without an
     episode after it, which repeat it. Before the first episode there is nothing to repeat: those steps are the first's.
+    Made-up points have the median number of episodes of the run's own, to weigh as much as they do.
 
     :param result: of one run.
     :param afterwards: what columns have from there on; others have NaN.
@@ -49,8 +50,8 @@ def filled_curve(result: Mapping[str, Any], afterwards: Mapping[str, float]) -> 
         spacing = max(1.0, float(np.median(np.diff(columns["timesteps"], prepend=0.0))))
         # As many as the smoothing of crashes needs to see the fall.
         count = max(SMOOTHING, math.ceil((result["budget"] - last) / spacing))
-        rest = {name: np.full(count, value) for name, value in {"episodes": 1.0, **afterwards}.items()}
-        rest["span"] = np.full(count, spacing)
+        made_up = {"episodes": float(np.median(columns["episodes"])), "span": spacing, **afterwards}
+        rest = {name: np.full(count, value) for name, value in made_up.items()}
         rest["timesteps"] = last + spacing * np.arange(1, count + 1)
         unknown = np.full(count, math.nan)
         columns = {name: np.concatenate([column, rest.get(name, unknown)]) for name, column in columns.items()}

@@ -16,7 +16,8 @@ point before):
   explains
 - largest KL per text: of all points of all runs
 - all others: means over the last tenth of training
-- a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's
+- a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's, for as many texts a
+  point as before (median)
 
 ``ppo-kl`` and ``ppo-adaptive`` are, on each task, the member of the family with the highest mean final gold in tuning.
 

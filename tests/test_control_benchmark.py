@@ -274,6 +274,11 @@ def test_what_a_run_stands_for_adds_up_to_its_steps() -> None:
     assert curve["span"].sum() == curve["timesteps"][-1] >= 1500
 
 
+def test_points_made_up_after_nan_weigh_as_much_as_the_others() -> None:
+    result = result_with([100.0] * 95) | {"diverged": "not finite", "budget": 10_000}
+    assert control_report.measures(result, 0.0)["final"] == pytest.approx(50.0)
+
+
 def test_a_collapse_counts_as_a_crash_whatever_the_sign_of_the_returns() -> None:
     risen = list(np.linspace(0, 100, 20))
     assert control_report.measures(result_with([*risen, *[5.0] * 10]), 0.0)["crashes"] == 1

@@ -218,6 +218,11 @@ def test_a_run_that_stops_at_nan_is_worth_nothing_from_there_on() -> None:
     assert rlhf_report.filled_curve(result, rlhf_report.after_nan(START))["timesteps"][-1] == 2000
 
 
+def test_points_made_up_after_nan_weigh_as_much_as_the_others() -> None:
+    result = result_with([0.8] * 95, diverged="not finite", budget=10_000)
+    assert rlhf_report.measures(result, START)["final_gold"] == pytest.approx(0.4)
+
+
 def test_the_best_member_of_a_family_is_chosen_once_all_have_been_tried() -> None:
     tried = {method: [result_with([0.5 + 0.1 * i] * 10)] for i, method in enumerate(FAMILIES["ppo-kl"])}
     best, table = rlhf_report.tuned_methods({"tuning": {"length": tried}}, {"length": START})
