@@ -290,7 +290,9 @@ class _Evaluation(th.autograd.Function):
 
 
 def soft_min(values: Array, temperature: float) -> Array:
-    """:func:`sb3_safe.functional.soft_min` in double precision, which needs no care for rounding.
+    """:func:`sb3_safe.functional.soft_min` in double precision, for few observations in half the time.
+
+    Rounding, about 1e-16 of the temperature, is below that of single precision up to 1e8 times the size of the values.
 
     :param values: ``[K, B]``
     :param temperature: at least 0, in the units of the values.

@@ -34,6 +34,9 @@ from sb3_safe.fast_mlp import FastMlp, fast_path, has_hooks
 from sb3_safe.functional import soft_min
 from sb3_safe.parallel_mlp import architecture, side_by_side
 
+MEAN_ALPHA = 1e8
+"""Temperature from which on the soft-min is the mean to single precision, in standard deviations of the return."""
+
 
 class Evaluation(NamedTuple):
     """What the loss needs to know of a policy at given observations and actions."""
@@ -264,7 +267,9 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     def _fast_forward(self, obs: PyTorchObs, deterministic: bool) -> tuple[Tensor, Tensor, Tensor] | None:
         if self._fast is None or th.is_grad_enabled() or not self._fast.applies():
             return None
-        temperature = self.soft_min_alpha * self.return_scale.item()
+        # The fast soft-min's rounding grows with the temperature, and would be seen beyond.
+        alpha = self.soft_min_alpha if self.soft_min_alpha < MEAN_ALPHA else math.inf
+        temperature = alpha * self.return_scale.item()
         actions, values, log_prob = self._fast.act(self._features(obs), deterministic, temperature)
         return actions.reshape((-1, *self.action_space.shape)), values, log_prob  # type: ignore[misc]
 

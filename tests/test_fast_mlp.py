@@ -108,7 +108,7 @@ def test_soft_min_is_that_of_the_general_path(alpha: float, scale: float, n_crit
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, np.inf])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1e7, 1e8, 1e12, 1e38, np.inf])
 def test_the_value_used_has_the_temperature_in_units_of_the_returns_spread(alpha: float):
     results = []
     for policy in both(TwinCriticPolicy, VECTOR, DISCRETE, n_critics=3, soft_min_alpha=alpha):
