@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import PurePath
@@ -24,6 +25,10 @@ class RewardModel:
     chat template of its own tokenizer. Any other string prompt and its completion are joined and tokenised as ONE
     string; so are transcripts where the tokenizer has no chat template. Batches are sorted by length, padded on the
     right and masked, so a text's score does not depend on its company (to 1e-5 in single precision).
+
+    Prompts are checked to leave room for a completion, whose length is counted in the policy's tokens. A text that is
+    longer all the same, as another tokenizer may make more tokens of it, loses the oldest of its tokens, and there is a
+    warning once.
 
     The score is the field `score` of the model's output where there is one, else its only logit.
 
@@ -66,6 +71,7 @@ class RewardModel:
         config = model.config.get_text_config()
         self._pad_id: int | None = config.pad_token_id
         self._context = _positions(model, config)
+        self._has_cut = False
         # A wrong kind of model should fail now, not after a rollout.
         chat = [{"role": "user", "content": "a"}] if tokenizer.chat_template else "a"
         self.check(chat, new_tokens=0)
@@ -111,8 +117,9 @@ class RewardModel:
     def score(self, texts: Sequence[list[int]]) -> list[float]:
         """Scores of token id lists, in their order.
 
-        :raises ValueError: a text longer than the model's context, or an output that is not one score per text.
+        :raises ValueError: an output that is not one score per text.
         """
+        texts = [self._fitting(text) for text in texts]
         result = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(order), self._batch_size):
@@ -122,14 +129,25 @@ class RewardModel:
                 result[index] = value
         return result
 
+    def _fitting(self, text: list[int]) -> list[int]:
+        """A text as the model can take it: where it is too long, without its oldest tokens but a special one."""
+        if self._context is None or len(text) <= self._context:
+            return text
+        if not self._has_cut:
+            self._has_cut = True
+            warnings.warn(
+                f"reward model {self.__name__!r} takes {self._context} tokens but a text has {len(text)}: it is scored "
+                "without its oldest tokens, and so will be others; lower max_prompt_tokens or max_new_tokens, or use "
+                "another reward_model",
+                stacklevel=3,
+            )
+        # Classifiers of BERT's kind read their score at the first token.
+        first = int(text[0] in self.tokenizer.all_special_ids)
+        return text[:first] + text[len(text) - self._context + first :]
+
     def _run(self, texts: Sequence[list[int]]) -> Any:
         """The model's output for one batch."""
         longest = max(map(len, texts))
-        if self._context is not None and longest > self._context:
-            raise ValueError(
-                f"reward model {self.__name__!r} takes {self._context} tokens but a text has {longest}: lower "
-                "max_prompt_tokens or max_new_tokens, or use another reward_model"
-            )
         pad_id = self._padding(texts)
         ids = torch.full((len(texts), longest), pad_id)
         mask = torch.zeros_like(ids)

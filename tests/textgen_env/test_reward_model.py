@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -353,12 +354,34 @@ def test_prompts_that_leave_the_reward_model_no_room_are_refused_before_the_firs
     with pytest.raises(ValueError, match=r"takes 24 tokens but a prompt has \d+ and 20 may be written after it: lower"):
         TextGenVectorEnv(1, reward_model=model, prompts=["Hotel review: The room"], max_new_tokens=20)
     TextGenVectorEnv(1, reward_model=model, prompts=["Hotel review: The room"], max_new_tokens=10)
-    with pytest.raises(ValueError, match=r"takes 24 tokens but a text has \d+: lower max_prompt_tokens"):
-        model(["Hotel review:" * 9], [""])
+
+
+def test_a_text_of_more_tokens_than_the_policy_wrote_is_scored_without_the_oldest_and_warned_of_once(
+    tokenizer: Any,
+) -> None:
+    tokenizer.chat_template = None
+    model = RewardModel(tiny_classifier(max_position_embeddings=24), tokenizer)
+    ids = tokenizer("Hotel review:" * 9 + " The room was great.")["input_ids"]
+    assert len(ids) > 24
+    with pytest.warns(UserWarning, match=r"takes 24 tokens but a text has \d+.*lower max_prompt_tokens"):
+        (score,) = model(["Hotel review:" * 9], [" The room was great."])
+    assert score == model.score([ids[-24:]])[0] != model.score([ids[:24]])[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model(["Hotel review:" * 9], [" The room was great."]) == [score]
+
+
+def test_the_special_token_at_which_a_text_is_scored_is_not_cut_off(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"cls_token": "<cls>"})
+    model = RewardModel(tiny_classifier(max_position_embeddings=24, vocab_size=2048), tokenizer)
+    words = list(range(5, 35))
+    with pytest.warns(UserWarning, match="takes 24 tokens"):
+        (score,) = model.score([[tokenizer.cls_token_id, *words]])
+    assert [score] == model.score([[tokenizer.cls_token_id, *words[-23:]]])
 
 
 @pytest.mark.parametrize("kind", [RobertaConfig, MPNetConfig, BertConfig])
-def test_the_longest_text_that_a_model_of_another_architecture_takes_is_scored_and_a_longer_one_refused(
+def test_the_longest_text_that_a_model_of_another_architecture_takes_is_scored_and_a_longer_one_cut(
     kind: Any, tokenizer: Any
 ) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -369,8 +392,8 @@ def test_the_longest_text_that_a_model_of_another_architecture_takes_is_scored_a
     (word,) = tokenizer(" room")["input_ids"]
     assert np.isfinite(model.score([[word] * longest, [word]])).all()
     model.check(" room" * (longest - 5), new_tokens=5)
-    with pytest.raises(ValueError, match=rf"takes {longest} tokens but a text has {longest + 1}"):
-        model.score([[word] * (longest + 1)])
+    with pytest.warns(UserWarning, match=rf"takes {longest} tokens but a text has {longest + 1}"):
+        assert np.isfinite(model.score([[word] * (longest + 1)])).all()
     with pytest.raises(ValueError, match=rf"takes {longest} tokens but a prompt has {longest - 4} and 5 may be"):
         model.check(" room" * (longest - 4), new_tokens=5)
 
