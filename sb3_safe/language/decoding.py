@@ -41,12 +41,13 @@ class DecodeStep:
         """
         if not self._graphs or th.is_grad_enabled():
             return self._run(tokens, positions, width)
-        if self._graph is None:
-            self._record(tokens, positions)
-        assert self._inputs is not None and self._hidden is not None
-        for recorded, given in zip(self._inputs, (tokens, positions), strict=True):
-            recorded.copy_(given)
-        self._graph.replay()
+        with th.cuda.device(self._slots.ids.device):  # which need not be the one that PyTorch uses by default
+            if self._graph is None:
+                self._record(tokens, positions)
+            assert self._inputs is not None and self._hidden is not None
+            for recorded, given in zip(self._inputs, (tokens, positions), strict=True):
+                recorded.copy_(given)
+            self._graph.replay()
         return self._hidden
 
     def _run(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
@@ -65,7 +66,8 @@ class DecodeStep:
         th.cuda.current_stream().wait_stream(stream)
         graph = th.cuda.CUDAGraph()
         try:
-            with th.cuda.graph(graph):
+            # A stream of this device: PyTorch's own for recordings belongs to the device of the first one.
+            with th.cuda.graph(graph, stream=stream):
                 self._hidden = self._run(*self._inputs, capacity)
         except RuntimeError as error:  # a mixture of experts, for instance, asks the processor where tokens go
             raise RuntimeError(

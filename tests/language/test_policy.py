@@ -89,12 +89,13 @@ def test_a_model_that_cannot_be_recorded_is_told_what_to_do(monkeypatch: pytest.
     recording: list[object] = []
 
     @contextlib.contextmanager
-    def graph(recorded: object) -> Iterator[None]:
+    def graph(recorded: object, stream: object) -> Iterator[None]:
         recording.append(recorded)
         yield
 
     stream = MagicMock()
-    for name, value in {"Stream": stream, "current_stream": stream, "stream": MagicMock(), "CUDAGraph": object}.items():
+    replaced = {"Stream": stream, "current_stream": stream, "stream": stream, "device": stream, "CUDAGraph": object}
+    for name, value in replaced.items():
         monkeypatch.setattr(th.cuda, name, value)
     monkeypatch.setattr(th.cuda, "graph", graph)
 
@@ -114,6 +115,58 @@ def test_a_model_that_cannot_be_recorded_is_told_what_to_do(monkeypatch: pytest.
     with th.no_grad():
         recording.clear()
         assert DecodeStep(body, slots, graphs=False)(tokens, tokens, 8).tolist() == [[3.0], [4.0]]
+
+
+def test_a_step_is_recorded_and_replayed_on_the_device_of_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not the current one, outside. PyTorch's part of it is replaced by what tells on which device it acts."""
+    devices = [th.device("cuda:0")]
+    acted: dict[str, set[th.device]] = {}
+
+    def on(device: th.device, what: str) -> None:
+        acted.setdefault(what, set()).add(device)
+
+    @contextlib.contextmanager
+    def device(chosen: th.device) -> Iterator[None]:
+        devices.append(chosen)
+        yield
+        devices.pop()
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = devices[-1]
+
+        def wait_stream(self, other: Any) -> None:
+            on(self.device, "wait")
+            on(other.device, "wait")
+
+    class Graph:
+        def replay(self) -> None:
+            on(devices[-1], "replay")
+
+    @contextlib.contextmanager
+    def graph(recorded: Graph, stream: Any) -> Iterator[None]:
+        on(stream.device, "record")
+        yield
+
+    @contextlib.contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        on(stream.device, "warm up")
+        yield
+
+    replaced = {
+        "device": device, "Stream": Stream, "current_stream": Stream, "stream": inside, "CUDAGraph": Graph,
+        "graph": graph,
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(th.cuda, name, value)
+    slots = MagicMock(ids=MagicMock(device=th.device("cuda:1"), shape=(2, 8)))
+    step = DecodeStep(lambda tokens, *_: tokens.unsqueeze(-1).float(), slots, graphs=True)
+    tokens = th.tensor([3, 4])
+    with th.no_grad():
+        for _ in range(2):
+            step(tokens, tokens, 8)
+    assert acted == {what: {th.device("cuda:1")} for what in ("wait", "warm up", "record", "replay")}
+    assert devices == [th.device("cuda:0")]
 
 
 @pytest.mark.parametrize(
