@@ -54,7 +54,9 @@ def default_dtype(adapted: bool) -> th.dtype:
 
     :param adapted: whether it has adapters, which are float32 themselves.
     """
-    return th.bfloat16 if adapted and th.cuda.is_available() and th.cuda.is_bf16_supported() else th.float32
+    # Without its argument the answer is yes also where bfloat16 is emulated, and slow.
+    has_it = th.cuda.is_available() and th.cuda.is_bf16_supported(including_emulation=False)
+    return th.bfloat16 if adapted and has_it else th.float32
 
 
 def silence_dropout(lm: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from sb3_safe.language.loading import checkpoint_layers, load_language_model, model_size
+from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
 
 from .conftest import make_config
 
@@ -45,6 +46,23 @@ def test_shards_precision_and_attention_go_through(tmp_path: Path) -> None:
     other = load_language_model(str(tmp_path), dtype=th.bfloat16, attn_implementation="eager")
     assert other.dtype == th.bfloat16
     assert other.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, th.float32), (8, th.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_does_not_get_it(
+    generation: int, dtype: th.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(major=generation),
+        "_check_bf16_tensor_supported": lambda device: True,
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(th.cuda, name, function)
+    monkeypatch.setattr(th.version, "cuda", "12.8")
+    assert default_dtype(adapted=True) == dtype
+    assert default_dtype(adapted=False) == th.float32
 
 
 def test_dropout_is_silent_even_in_training_mode(tmp_path: Path) -> None:
