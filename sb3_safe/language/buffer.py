@@ -18,6 +18,8 @@ from torch import Tensor
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples
 
 PACKED_WIDTH = 128
+SMALLEST_SHARE = 1 / 4
+"""Of ``batch_size``, that a minibatch has at least."""
 
 Indices = NDArray[np.int64]
 
@@ -48,8 +50,10 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     """Rollout buffer for observations ``Dict(input_ids, length, prompt_length)`` and token actions.
 
     ``batch_size`` counts actions: the rollout is cut into the nearest number of minibatches of about equal size,
-    between segments. It is cut once, at random, and every pass takes the same minibatches in another order: a model of
-    low precision then rounds the same way each time, so that a probability ratio begins at exactly 1.
+    between segments. Where texts are longer than that, some would get a few actions, whose advantages say nothing
+    beside one another: what is smaller than a quarter of ``batch_size`` joins its smaller neighbour. It is cut once, at
+    random, and every pass takes the same minibatches in another order: a model of low precision then rounds the same
+    way each time, so that a probability ratio begins at exactly 1.
 
     Tokens by which a text grew between two actions beside the action itself, such as the answer of a user or a tool,
     were written by the environment. They are part of the context, and of no loss. Where an environment has changed or
@@ -168,9 +172,10 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
             # A segment belongs to the minibatch in which its middle action falls.
             middle = np.cumsum(lengths[order]) - lengths[order] / 2
             owner = np.minimum((middle * n_batches / total).astype(int), n_batches - 1)
-            groups = [order[owner == number] for number in range(n_batches)]
+            groups = [order[owner == number] for number in np.unique(owner)]
             self._minibatches[batch_size] = [
-                self._pieces([self.segments[i] for i in group], lengths[group]) for group in groups if len(group) > 0
+                self._pieces([self.segments[i] for i in group], lengths[group])
+                for group in merge_small(groups, lengths, batch_size * SMALLEST_SHARE)
             ]
         return self._minibatches[batch_size]
 
@@ -216,6 +221,23 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
         }
         tensors = {name: self.to_torch(array) for name, array in observations.items()}
         return Piece(tensors, self.to_torch(np.concatenate(index)))
+
+
+def merge_small(groups: list[Indices], lengths: Indices, least: float) -> list[Indices]:
+    """Join groups of segments that have too few actions, the smallest first, with the smaller of their neighbours.
+
+    :param groups: which segments ``[G]`` belong to each.
+    :param lengths: ``[S]``, actions of every segment.
+    :param least: actions of a group; one group may have less if it is the only one.
+    """
+    groups, sizes = list(groups), [int(lengths[group].sum()) for group in groups]
+    while len(groups) > 1 and min(sizes) < least:
+        smallest = sizes.index(min(sizes))
+        neighbours = [number for number in (smallest - 1, smallest + 1) if 0 <= number < len(groups)]
+        first = min(smallest, min(neighbours, key=sizes.__getitem__))
+        groups[first : first + 2] = [np.concatenate(groups[first : first + 2])]
+        sizes[first : first + 2] = [sum(sizes[first : first + 2])]
+    return groups
 
 
 def pack(lengths: Indices) -> tuple[Indices, Indices, int]:

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sb3_safe.language import SegmentBuffer
-from sb3_safe.language.buffer import PACKED_WIDTH, pack
+from sb3_safe.language.buffer import PACKED_WIDTH, merge_small, pack
 
 from .test_agreement import rollout, text_model
 
@@ -24,6 +25,39 @@ def test_packed_texts_neither_overlap_nor_leave_their_row(lengths: list[int]) ->
     assert taken.max() == 1
     assert taken.sum() == sum(lengths)
     assert width == max(PACKED_WIDTH, *lengths)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 30), st.integers(1, 200), st.data())
+def test_groups_of_segments_are_joined_until_none_is_small_and_large_ones_are_left_alone(
+    lengths: list[int], n_groups: int, least: int, data: st.DataObject
+) -> None:
+    cuts = data.draw(st.lists(st.integers(1, len(lengths)), max_size=n_groups - 1))
+    groups = [group for group in np.split(np.arange(len(lengths)), sorted(cuts)) if len(group) > 0]
+    merged = merge_small(groups, np.array(lengths), least)
+    sizes = [sum(lengths[i] for i in group) for group in merged]
+    assert np.concatenate(merged).tolist() == list(range(len(lengths)))
+    assert len(merged) == 1 or min(sizes) >= least
+    if all(sum(lengths[i] for i in group) >= least for group in groups):
+        assert [group.tolist() for group in merged] == [group.tolist() for group in groups]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_minibatch_has_so_few_actions_that_they_cannot_be_compared(seed: int) -> None:
+    """Though texts are longer than a minibatch, or of one token."""
+    n_tokens = [64, 1, 64, 20, 1, 33, 1, 40, 32]
+    box = {"input_ids": spaces.Box(0, 9, (80,), np.int64)}
+    places = {name: spaces.Box(0, 80, (1,), np.int64) for name in ("length", "prompt_length")}
+    buffer = SegmentBuffer(sum(n_tokens), spaces.Dict(box | places), spaces.Discrete(10), device="cpu", n_envs=1)
+    for n in n_tokens:
+        for step in range(n):
+            ids = np.where(np.arange(80) < 4, 7, np.where(np.arange(80) < 4 + step, 5, 0))[None]
+            obs = {"input_ids": ids, "length": np.array([[4 + step]]), "prompt_length": np.array([[4]])}
+            buffer.add(obs, np.array([[5]]), np.zeros(1), np.array([step == 0]), th.zeros(1, 1), th.zeros(1))
+    buffer.compute_returns_and_advantage(th.zeros(1), np.array([True]))
+    np.random.seed(seed)
+    sizes = [sum(len(piece.actions) for piece in pieces) for pieces in buffer.minibatches(32)]
+    assert sum(sizes) == sum(n_tokens)
+    assert min(sizes) >= 8
 
 
 def test_every_token_is_seen_once_in_minibatches_of_about_equal_size(env_kwargs: dict[str, Any]) -> None:
