@@ -279,6 +279,25 @@ def test_the_constructor_refuses_what_does_not_fit_before_anything_is_loaded(
         SAFE("TextGenEnv-v0", env_kwargs={"model": str(folder), "max_prompt_tokens": 16, "max_new_tokens": 8})
 
 
+@pytest.mark.parametrize(
+    ("chosen", "planned"), [({}, 4096), ({"micro_batch_size": 100}, 100), ({"micro_batch_size": None}, 4 * 24)]
+)
+def test_the_constructor_plans_with_the_pieces_that_the_buffer_makes(
+    chosen: dict[str, Any], planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a limit: two thirds of a rollout of six texts that fill their slots."""
+    monkeypatch.setattr(policy_module, "LORA_FROM", 1000)
+    sizes: list[int] = []
+    monkeypatch.setattr(plan_module, "plan_memory", lambda *_, micro_batch_size, **__: sizes.append(micro_batch_size))
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: None)
+    model = SAFE(
+        "TextGenEnv-v0", env_kwargs={"max_prompt_tokens": 16, "max_new_tokens": 8}, n_envs=6, n_steps=9, batch_size=36,
+        rollout_buffer_kwargs=chosen, policy_kwargs={"lora": False},
+    )  # fmt: skip
+    assert sizes == [planned]
+    assert model.rollout_buffer.micro_batch_size == chosen.get("micro_batch_size", 4096)
+
+
 @pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", th.bfloat16), (None, th.float32)])
 def test_the_constructor_plans_with_the_precision_that_auto_stands_for(
     stored: str | None, dtype: th.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

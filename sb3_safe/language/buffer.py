@@ -18,6 +18,8 @@ from torch import Tensor
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples
 
 PACKED_WIDTH = 128
+MICRO_BATCH_SIZE = 4096
+"""Tokens that go through the model at a time unless it is said otherwise."""
 SMALLEST_SHARE = 1 / 4
 """Of ``batch_size``, that a minibatch has at least."""
 
@@ -59,15 +61,16 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
     were written by the environment. They are part of the context, and of no loss. Where an environment has changed or
     shortened the text before, or written another token than was chosen, a segment begins with the text as it is now.
 
-    :param micro_batch_size: tokens, prompts and padding included, that go through the model at a time; a minibatch
-        that has more is computed in pieces, with the same result. ``None``: all at once.
+    :param micro_batch_size: tokens, prompts and padding included, that go through the model at a time, but one row at
+        least; a minibatch that has more is computed in pieces, with the same result. ``None``: all at once, which
+        nothing limits: where texts end early, a minibatch has many, each with its prompt.
     :raises ValueError: it is not positive.
     """
 
     segments: list[Segment]
     _last_ids: np.ndarray
 
-    def __init__(self, *args: Any, micro_batch_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, micro_batch_size: int | None = MICRO_BATCH_SIZE, **kwargs: Any) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, or None for no limit, got {micro_batch_size}")
         self.micro_batch_size = micro_batch_size

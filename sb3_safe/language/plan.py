@@ -19,7 +19,7 @@ from textgen_env.resolve import resolve
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sb3_safe.language.adapters import lora_arguments
-from sb3_safe.language.buffer import PACKED_WIDTH
+from sb3_safe.language.buffer import MICRO_BATCH_SIZE, PACKED_WIDTH
 from sb3_safe.language.footprint import (
     Blueprint,
     choice_bytes,
@@ -294,7 +294,9 @@ def _changes(plan: MemoryPlan, available: int) -> Iterator[Change]:
 def check_run(algorithm: Any) -> None:
     """Refuse a run that would not fit on its device, before its policy is built.
 
-    What is on the device already, such as the reward model of its environment, is not counted again.
+    What is on the device already, such as the reward model of its environment, is not counted again. Without a limit on
+    the pieces of a minibatch (``micro_batch_size=None``) its texts are taken to fill their slots; if they end early,
+    there are more of them, and the run takes more.
 
     :param algorithm: a SAFE whose policy is a language model.
     :raises ValueError: it does not fit; see :func:`check_memory`.
@@ -304,9 +306,10 @@ def check_run(algorithm: Any) -> None:
     kwargs = dict(settings.get("model_kwargs") or {})
     lora = lora_arguments(settings.get("lora", "auto"), settings["model"], kwargs)
     dtype = kwargs.get("dtype", default_dtype(lora is not None))
-    # Without a limit a whole minibatch goes through at a time: its share of texts that fill their slots.
-    share = min(1.0, algorithm.batch_size / (algorithm.n_steps * algorithm.n_envs))
-    piece = (algorithm.rollout_buffer_kwargs or {}).get("micro_batch_size")
+    piece = (algorithm.rollout_buffer_kwargs or {}).get("micro_batch_size", MICRO_BATCH_SIZE)
+    if piece is None:  # a whole minibatch at a time: nobody knows how many texts it will have
+        share = min(1.0, algorithm.batch_size / (algorithm.n_steps * algorithm.n_envs))
+        piece = math.ceil(share * algorithm.n_envs * capacity)
     try:
         config = AutoConfig.from_pretrained(resolve(settings["model"]), **file_arguments(kwargs))
         if isinstance(dtype, str):
@@ -315,7 +318,7 @@ def check_run(algorithm: Any) -> None:
             config,
             n_envs=algorithm.n_envs,
             max_length=capacity,
-            micro_batch_size=piece or math.ceil(share * algorithm.n_envs * capacity),
+            micro_batch_size=piece,
             lora=lora,
             dtype=dtype,
             reference=algorithm.controller.active and algorithm.kl_reference == "initial",

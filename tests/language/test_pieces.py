@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from sb3_safe import SAFE
 from sb3_safe.language import SegmentBuffer
 
 from .conftest import VOCAB_SIZE, make_config, make_tokenizer
@@ -56,6 +57,29 @@ def test_every_pass_takes_the_same_minibatches_in_another_order(env_kwargs: dict
     passes = [[frozenset(batch.flat_index.tolist()) for batch in buffer.get(20)] for _ in range(4)]
     assert len({frozenset(one) for one in passes}) == 1
     assert len({tuple(one) for one in passes}) > 1
+
+
+def test_texts_that_end_early_make_more_pieces_not_larger_ones() -> None:
+    """Two hundred texts of one token after a prompt of a hundred."""
+    box = {"input_ids": spaces.Box(0, 9, (128,), np.int64)}
+    places = {name: spaces.Box(0, 128, (1,), np.int64) for name in ("length", "prompt_length")}
+    obs = {"input_ids": np.full((1, 128), 7), "length": np.array([[100]]), "prompt_length": np.array([[100]])}
+    sizes = []
+    for limit in ({}, {"micro_batch_size": None}):
+        buffer = SegmentBuffer(200, spaces.Dict(box | places), spaces.Discrete(10), device="cpu", n_envs=1, **limit)
+        for _ in range(200):
+            buffer.add(obs, np.array([[5]]), np.zeros(1), np.ones(1), th.zeros(1, 1), th.zeros(1))
+        buffer.compute_returns_and_advantage(th.zeros(1), np.array([True]))
+        ((*pieces,),) = buffer.minibatches(200)
+        sizes.append([piece.observations["input_ids"].numel() for piece in pieces])
+    limited, whole = sizes
+    assert len(limited) > 1 and max(limited) <= 4096
+    assert whole == [200 * 128]
+
+
+def test_a_minibatch_of_the_embedded_model_goes_through_in_one_piece() -> None:
+    model = SAFE("TextGenEnv-v0", seed=0, device="cpu")
+    assert [len(pieces) for pieces in rollout(model).minibatches(model.batch_size)] == [1] * 4
 
 
 @pytest.mark.parametrize("size", [0, -3])
