@@ -104,9 +104,10 @@ class StabilityCallback(BaseCallback):
 
     :param folder: rows go to ``stability.jsonl`` in it. A run that starts at step 0 begins a new file, one that goes on
         continues it from the step it goes on at.
-    :param extra: further columns from the infos of the episodes that ended in a rollout. For reports: the
-        algorithm never sees them.
+    :param extra: further columns, numbers or ``None``, from the infos of the episodes that ended in a rollout. For
+        reports: the algorithm never sees them.
     :param verbose: see SB3.
+    :raises ValueError: while training, of an ``extra`` that returns anything else, or a column that is there already.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class StabilityCallback(BaseCallback):
         self.rows: list[dict[str, float]] = []
         self._finished: list[dict[str, Any]] = []
         self._row: dict[str, float] | None = None
+        self._extra: dict[str, float] = {}
         self._start = 0.0
         self._metrics: dict[str, float] = {}
 
@@ -152,8 +154,8 @@ class StabilityCallback(BaseCallback):
             "timesteps": self.model.num_timesteps,
             "entropy": -float(buffer.log_probs.mean()) / dimensions,
             **episode_columns(self._finished),
-            **(self.extra(self._finished) if self.extra is not None and self._finished else {}),
         }
+        self._extra = extra_columns(self.extra(self._finished)) if self.extra is not None and self._finished else {}
 
     def _on_training_end(self) -> None:
         self._complete_row()
@@ -171,6 +173,10 @@ class StabilityCallback(BaseCallback):
             row = row | controller.metrics() | {"kl": self.model.measured_kl} | row  # type: ignore[attr-defined]
         row["seconds"] = round(time.monotonic() - self._start, 3)
         self._row = None
+        taken = sorted(self._extra.keys() & row.keys())
+        if taken:
+            raise ValueError(f"extra returned columns that a row has already, {taken}: give them other names")
+        row |= self._extra
         # NumPy's numbers, of which SB3's log has some, are not JSON.
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
         self.rows.append({name: value for name, value in plain.items() if math.isfinite(value)})
@@ -208,6 +214,25 @@ def episode_columns(infos: Infos) -> dict[str, float]:
         # A reward function need not apply to every text.
         for name in dict.fromkeys(name for of_text in parts for name in of_text):
             columns[f"part/{name}"] = float(np.mean([of_text[name] for of_text in parts if name in of_text]))
+    return columns
+
+
+def extra_columns(returned: Any) -> dict[str, float]:
+    """What an ``extra`` of :class:`StabilityCallback` returned, as plain numbers; ``None`` is a missing value.
+
+    :raises ValueError: it is no mapping of names to numbers.
+    """
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"extra must return a mapping of columns to numbers, got {returned!r}")
+    columns = {}
+    for name, value in returned.items():
+        try:
+            if not isinstance(name, str) or isinstance(value, str):
+                raise TypeError  # float() would take a string for what is in it
+            if value is not None:
+                columns[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"extra returned {name!r}: {value!r}, but a column has a name and is a number") from error
     return columns
 
 

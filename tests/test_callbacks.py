@@ -108,6 +108,33 @@ def test_a_controller_of_ones_own_adds_columns_and_replaces_none() -> None:
     assert rows[1] == [row | {"own": 2.0} for row in rows[0]]
 
 
+def test_numbers_of_every_kind_are_columns_and_none_is_a_missing_one() -> None:
+    callback = StabilityCallback(
+        extra=lambda _: {"a": np.float32(0.5), "b": th.tensor(2.0), "c": True, "d": None, "e": math.nan}
+    )
+    make(PPO).learn(128, callback=callback)
+    assert {name: callback.rows[0].get(name) for name in "abcde"} == {"a": 0.5, "b": 2, "c": 1, "d": None, "e": None}
+
+
+@pytest.mark.parametrize("column", ["timesteps", "reward", "update_kl", "threshold", "kl", "seconds"])
+def test_a_column_that_a_row_has_is_not_replaced_but_refused(column: str, tmp_path: Path) -> None:
+    callback = StabilityCallback(tmp_path, extra=lambda _: {column: 1e6, "own": 1.0})
+    with pytest.raises(ValueError, match=rf"extra returned .*\['{column}'\]"):
+        make(SAFE).learn(256, callback=callback)
+    assert callback.rows == rows_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "returned", ["a", None, [1.0], {"a": "high"}, {"a": "1.5"}, {"a": th.ones(2)}, {"a": [1.0]}, {1: 2.0}], ids=str
+)
+def test_columns_that_are_no_numbers_are_refused_before_the_update(returned: Any, tmp_path: Path) -> None:
+    callback, model = StabilityCallback(tmp_path, extra=lambda _: returned), make(PPO)
+    with pytest.raises(ValueError, match=r"extra (must return a mapping.*got|returned ('a'|1): )"):
+        model.learn(256, callback=callback)
+    assert callback.rows == rows_of(tmp_path) == []
+    assert model._n_updates == 0
+
+
 def test_entropy_is_per_action_dimension(tmp_path: Path) -> None:
     callback = StabilityCallback()
     PPO("MlpPolicy", gym.make("Tiny-vector-box-v0"), n_steps=64, batch_size=64, seed=0).learn(64, callback=callback)
