@@ -83,7 +83,15 @@ def _is_sample(sample: Any) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names; their paths where two have the same."""
+    """The folders' last names; their paths where two have the same.
+
+    :raises ValueError: a folder is there twice.
+    """
+    given: dict[Path, Path] = {}
+    for folder in folders:
+        first = given.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            raise ValueError(f"{first} and {folder} are the same folder: name each run once")
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 

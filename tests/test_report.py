@@ -139,6 +139,18 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert all(f"<th>{folder}</th>" in output.read_text() for folder in folders)
 
 
+def test_a_folder_that_is_named_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    for again in ("a", "a/", "./a", str(tmp_path / "a"), "link"):
+        assert cli.main(["report", "a", again]) == 1
+        assert f"a and {Path(again)} are the same folder" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_errors_of_the_command_name_the_folder_and_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
