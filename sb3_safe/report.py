@@ -214,7 +214,9 @@ def _figure(panel: Panel, runs: Runs, phased: str | None) -> str:
     axes.margins(x=0)
     axes.grid(alpha=0.3)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        figure.legend(loc="outside upper left", ncols=4, fontsize="small", frameon=False)
+        legend = figure.legend(loc="outside upper left", ncols=4, fontsize="small", frameon=False)
+        for text in legend.get_texts():  # a name may have a $ in it, which would begin a formula
+            text.set_parse_math(False)
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": panel.column}):  # the same run gives the same file
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
 from sb3_safe import cli
 from sb3_safe.callbacks import write_json_lines
 from sb3_safe.report import PANELS, write_report
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def run(phases: bool = True) -> list[dict[str, float]]:
@@ -90,6 +93,16 @@ def test_whatever_texts_and_names_contain_is_escaped(tmp_path: Path) -> None:
     assert f"{escaped}0" in page and f"{escaped}9" in page
     assert f"{escaped}5" not in page, "only the first and the last text of a prompt are shown"
     assert '<td class="number">1.25</td><td class="number">2.5</td>' in page
+
+
+@pytest.mark.parametrize("name", ["$x", "a$b$c", r"$\frac$", r"\$1", "$_$"])
+def test_a_name_is_drawn_as_it_is_whatever_formula_it_would_be(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # letters, not their outlines
+    page = write_report({name: run(), "b": run()}, tmp_path / "report.html").read_text()
+    labels = [text.text for text in ElementTree.fromstring(figures(page)["reward"]).iter(f"{SVG}text")]
+    assert f"reward ({name})" in labels
 
 
 def test_a_report_of_the_same_run_is_the_same_file(tmp_path: Path) -> None:
