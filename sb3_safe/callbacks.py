@@ -135,7 +135,8 @@ class StabilityCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.rows = continue_file(self.path, self.rows, self.model.num_timesteps)
-        self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        known = (row["seconds"] for row in reversed(self.rows) if "seconds" in row)
+        self._start = time.monotonic() - next(known, 0.0)
         self._row = None
 
     def _on_rollout_start(self) -> None:
@@ -277,15 +278,23 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], append: bool
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """What :func:`write_json_lines` wrote; a last line that was cut off while being written is left out.
+    """What :func:`write_json_lines` wrote; see :func:`numbered_json_lines`."""
+    return [row for _, row in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """What is in each line of a file, and its number, from 1.
+
+    Empty lines are left out, and a last one that was cut off while being written.
 
     :raises ValueError: another line is not JSON.
     """
-    rows = []
     lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():
+                rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
@@ -296,9 +305,15 @@ def continue_file(path: Path | None, rows: list[dict[str, Any]], timesteps: int)
     """The rows that a run going on at ``timesteps`` follows upon; the file then holds just these.
 
     Rows after that step belong to a future that did not happen: the model was restored from before them.
+
+    :raises ValueError: a line of the file does not say at which step it was written.
     """
     if not rows and timesteps > 0 and path is not None and path.exists():
-        rows = read_json_lines(path)
+        numbered = numbered_json_lines(path)
+        for number, row in numbered:
+            if not (isinstance(row, dict) and isinstance(row.get("timesteps"), int | float)):
+                raise ValueError(f"{path}: line {number} has no timesteps: mend or move the file, or begin at step 0")
+        rows = [row for _, row in numbered]
     # At step 0 nothing has happened yet, but a run that is started anew may have left rows of step 0.
     rows = [row for row in rows if row["timesteps"] <= timesteps] if timesteps > 0 else []
     if path is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, read_json_lines
+from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, numbered_json_lines
 from sb3_safe.presets import preset
 from sb3_safe.report import write_report
 
@@ -62,11 +62,11 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path, writer: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
     """The lines of a file, refused where they are not what its writer writes."""
-    rows = read_json_lines(path)
-    for number, row in enumerate(rows, start=1):
+    rows = numbered_json_lines(path)
+    for number, row in rows:
         if not fits(row):
             raise ValueError(f"{path}: line {number} was not written by {writer}")
-    return rows
+    return [row for _, row in rows]
 
 
 def _is_row(row: Any) -> bool:

@@ -14,7 +14,7 @@ from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from sb3_safe import SAFE, FixedKL, ProgressCallback, StabilityCallback
+from sb3_safe import SAFE, FixedKL, ProgressCallback, StabilityCallback, cli
 from sb3_safe.callbacks import episode_columns, read_json_lines, write_json_lines
 
 ALWAYS = {"timesteps", "seconds", "episodes", "entropy", "update_kl", "explained_variance", "clip_fraction"}
@@ -154,6 +154,29 @@ def test_a_run_that_goes_on_continues_its_file_and_a_new_run_begins_one(tmp_path
     assert [row["timesteps"] for row in rows_of(tmp_path)] == [128, 256, 384]
     model.learn(128, callback=StabilityCallback(tmp_path))
     assert [row["timesteps"] for row in rows_of(tmp_path)] == [128]
+
+
+def test_a_run_goes_on_from_a_file_with_empty_lines_and_rows_without_seconds(tmp_path: Path) -> None:
+    """Which the report takes too."""
+    write_json_lines(tmp_path / "stability.jsonl", [{"timesteps": 64, "seconds": 50.0}, {"timesteps": 128}])
+    text = (tmp_path / "stability.jsonl").read_text()
+    (tmp_path / "stability.jsonl").write_text("\n" + text.replace("\n", "\n \n"))
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
+    model = make(PPO)
+    model.num_timesteps = 128
+    model.learn(128, callback=StabilityCallback(tmp_path), reset_num_timesteps=False)
+    rows = rows_of(tmp_path)
+    assert [row["timesteps"] for row in rows] == [64, 128, 256]
+    assert rows[2]["seconds"] >= 50
+
+
+@pytest.mark.parametrize("line", ['{"reward": 1.0}', "[1, 2]", '{"timesteps": null}'])
+def test_a_row_that_no_run_can_go_on_from_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "stability.jsonl").write_text('\n{"timesteps": 1}\n' + line + "\n")
+    model = make(PPO)
+    model.num_timesteps = 128
+    with pytest.raises(ValueError, match=r"stability\.jsonl: line 3 has no timesteps"):
+        model.learn(128, callback=StabilityCallback(tmp_path), reset_num_timesteps=False)
 
 
 def test_a_rollout_without_a_finished_episode_has_no_reward() -> None:
