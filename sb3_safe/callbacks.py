@@ -287,9 +287,12 @@ def numbered_json_lines(path: Path) -> list[tuple[int, Any]]:
 
     Empty lines are left out, and a last one that was cut off while being written.
 
-    :raises ValueError: another line is not JSON.
+    :raises ValueError: the file is no text, or another line is not JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -235,6 +235,13 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_any_other_is_an_error(tmp_pat
         read_json_lines(path)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"timesteps": 1, "größe": 2}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not a text in UTF-8"):
+        read_json_lines(path)
+
+
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 
