@@ -56,7 +56,7 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} has no {ROWS_FILE}; train with StabilityCallback({str(folder)!r})")
     rows = _read(path, "StabilityCallback", _is_row)
     if not rows:
-        raise ValueError(f"{path} is empty: its run did not finish a rollout")
+        raise ValueError(f"{path} has no complete row: its run did not finish a rollout")
     return rows
 
 

@@ -171,9 +171,10 @@ def test_errors_of_the_command_name_the_folder_and_what_is_missing(
     assert f"{tmp_path / 'nowhere'} is not a folder" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 1
     assert f"{tmp_path} has no stability.jsonl" in capsys.readouterr().err
-    (tmp_path / "stability.jsonl").touch()
-    assert cli.main(["report", str(tmp_path)]) == 1
-    assert "stability.jsonl is empty" in capsys.readouterr().err
+    for rows in ("", '{"timesteps": 1'):
+        (tmp_path / "stability.jsonl").write_text(rows)
+        assert cli.main(["report", str(tmp_path)]) == 1
+        assert "stability.jsonl has no complete row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
