@@ -40,12 +40,15 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if output.is_dir():
+        raise ValueError(f"--output must be a file, and {str(output)!r} is a folder: {str(output / 'report.html')!r}?")
     folders: list[Path] = options.folders
     samples_file = folders[0] / SAMPLES_FILE
     shows_texts = len(folders) == 1 and samples_file.exists()
     samples = _read(samples_file, "SampleCallback", _is_sample) if shows_texts else []
     runs = {name: _read_rows(folder) for name, folder in zip(_names(folders), folders, strict=True)}
-    print(write_report(runs, options.output, samples, title=" · ".join(runs)))
+    print(write_report(runs, output, samples, title=" · ".join(runs)))
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -91,6 +91,8 @@ def write_report(
     """
     if not any(runs.values()):
         raise ValueError(f"runs={list(runs)} have no rows: there is nothing to report")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # first, since drawing takes a while
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if evaluation:
         rows = [[name, _number(before), _number(after)] for name, (before, after) in evaluation.items()]
@@ -101,8 +103,6 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{''.join(parts)}</body></html>\n"
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 

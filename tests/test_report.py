@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from sb3_safe import cli
+from sb3_safe import cli, report
 from sb3_safe.callbacks import write_json_lines
 from sb3_safe.report import PANELS, write_report
 
@@ -162,6 +162,20 @@ def test_a_folder_that_is_named_twice_is_refused(
         assert cli.main(["report", "a", again]) == 1
         assert f"a and {Path(again)} are the same folder" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("output", ["", ".", "sub", "file/report.html"])
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_drawn(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "run")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "_figures", None)
+    assert cli.main(["report", folder, "-o", output]) == 1
+    said = "'file'" if output.startswith("file") else f"--output must be a file, and {str(Path(output))!r} is a folder"
+    assert said in capsys.readouterr().err
 
 
 def test_errors_of_the_command_name_the_folder_and_what_is_missing(
