@@ -72,6 +72,10 @@ def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float
     return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions), "max_drift": None}
 
 
+def _is_policy_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BasePolicy)
+
+
 class SAFE(OnPolicyAlgorithm):
     """PPO made stable: pessimistic twin critics, an asymmetric KL penalty, an entropy gate, a moving threshold.
 
@@ -188,15 +192,8 @@ class SAFE(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        names = ", ".join((*self.policy_aliases, "LanguagePolicy"))
+        self._check_policy_and_env(policy, env)
         advertised: dict[str, Any] = {}
-        if isinstance(policy, str) and policy not in (*self.policy_aliases, "LanguagePolicy", "auto"):
-            what = "neither a policy nor a registered environment id" if env is None else "not a policy"
-            raise ValueError(f"policy={policy!r} is {what}; policies are {names}, or 'auto' for the one that fits")
-        if not isinstance(policy, str | type):
-            raise ValueError(f"policy must be a name ({names}), a class or an environment id, got {policy!r}")
-        if env is None and isinstance(policy, str):
-            raise ValueError("env is missing: pass an environment or its id")
         if isinstance(env, str):
             env = environments.make(env, n_envs, env_kwargs)
         elif env is not None and (env_kwargs is not None or n_envs != 1):
@@ -262,6 +259,25 @@ class SAFE(OnPolicyAlgorithm):
             self._setup_model()
 
     # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _check_policy_and_env(self, policy: Any, env: Any) -> None:
+        """Refuse what is neither policy nor environment, and each of them in the other's place."""
+        names = (*self.policy_aliases, "LanguagePolicy")
+        known = ", ".join(names)
+        env_is_policy = env in (*names, "auto") if isinstance(env, str) else _is_policy_class(env)
+        if isinstance(policy, gym.Env | gym.vector.VectorEnv | VecEnv):
+            raise ValueError(
+                f"policy is an environment, {type(policy).__name__}: pass it as the second argument, SAFE('auto', env)"
+            )
+        if not isinstance(policy, str | type):
+            raise ValueError(f"policy must be a name ({known}), a class or an environment id, got {policy!r}")
+        if isinstance(policy, str) and policy not in (*names, "auto"):
+            if env_is_policy:
+                raise ValueError(f"policy={policy!r} and env={env!r} are swapped: the policy is the first argument")
+            what = "neither a policy nor a registered environment id" if env is None else "not a policy"
+            raise ValueError(f"policy={policy!r} is {what}; policies are {known}, or 'auto' for the one that fits")
+        if env is None and isinstance(policy, str):
+            raise ValueError("env is missing: pass an environment or its id")
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
