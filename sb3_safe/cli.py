@@ -10,7 +10,7 @@ import torch as th
 
 from sb3_safe.callbacks import ROWS_FILE, SAMPLES_FILE, numbered_json_lines
 from sb3_safe.presets import preset
-from sb3_safe.report import write_report
+from sb3_safe.report import is_row, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} is not a folder")
     if not path.exists():
         raise ValueError(f"{folder} has no {ROWS_FILE}; train with StabilityCallback({str(folder)!r})")
-    rows = _read(path, "StabilityCallback", _is_row)
+    rows = _read(path, "StabilityCallback", is_row)
     if not rows:
         raise ValueError(f"{path} has no complete row: its run did not finish a rollout")
     return rows
@@ -70,11 +70,6 @@ def _read(path: Path, writer: str, fits: Callable[[Any], bool]) -> list[dict[str
         if not fits(row):
             raise ValueError(f"{path}: line {number} was not written by {writer}")
     return [row for _, row in rows]
-
-
-def _is_row(row: Any) -> bool:
-    numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
-    return numbers and "timesteps" in row
 
 
 def _is_sample(sample: Any) -> bool:

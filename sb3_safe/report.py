@@ -5,6 +5,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +88,16 @@ def write_report(
     :param evaluation: by name, a value before and after training.
     :return: the path.
     :raises ImportError: matplotlib is not installed.
-    :raises ValueError: no run has any row.
+    :raises ValueError: no run has any row, or a row is not what the callback collects.
     """
+    if not isinstance(runs, Mapping):
+        raise ValueError(f"runs must be a dict of rows by the name of their run, got a {type(runs).__name__}")
+    for name, run in runs.items():
+        for number, row in enumerate(run, start=1):
+            if not is_row(row):
+                raise ValueError(
+                    f"runs[{name!r}]: row {number} must be a dict of numbers with 'timesteps', got {row!r}"
+                )
     if not any(runs.values()):
         raise ValueError(f"runs={list(runs)} have no rows: there is nothing to report")
     path = Path(path)
@@ -105,6 +114,12 @@ def write_report(
     )
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def is_row(row: Any) -> bool:
+    """Whether something is like a row of :class:`~sb3_safe.callbacks.StabilityCallback`: numbers, and their step."""
+    numbers = isinstance(row, Mapping) and all(isinstance(value, Real) for value in row.values())
+    return numbers and "timesteps" in row
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

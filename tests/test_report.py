@@ -3,9 +3,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 
 from sb3_safe import cli, report
@@ -114,6 +116,26 @@ def test_a_report_of_the_same_run_is_the_same_file(tmp_path: Path) -> None:
 def test_a_report_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to report"):
         write_report({"one": []}, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (run(), r"runs must be a dict .*, got a list"),
+        ({"a": run(), "b": [{"timesteps": 1.0}, {"reward": 1.0}]}, r"runs\['b'\]: row 2 .*'timesteps', got {'reward'"),
+        ({"a": [{"timesteps": 1.0, "reward": "high"}]}, r"runs\['a'\]: row 1 must be a dict of numbers"),
+        ({"a": {"timesteps": 1.0}}, r"runs\['a'\]: row 1 must be a dict"),
+        ({"a": "stability.jsonl"}, r"runs\['a'\]: row 1 must be a dict"),
+    ],
+)
+def test_rows_that_no_callback_collects_are_named(runs: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        write_report(runs, tmp_path / "report.html")
+
+
+def test_rows_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
+    rows = [{"timesteps": np.int64(step), "reward": np.float32(step)} for step in range(3)]
+    assert list(figures(write_report({"a": rows}, tmp_path / "report.html").read_text())) == ["reward"]
 
 
 def test_a_missing_matplotlib_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
