@@ -89,6 +89,10 @@ POLICY: dict[str, Rule] = {
         "a number of at least 0 (0: minimum, inf: mean of the critics)", lambda value: _number(value) and value >= 0
     ),
 }
+LEARN: dict[str, Rule] = {
+    "total_timesteps": Rule("a number of at least 0", lambda value: _number(value) and value >= 0),
+    "log_interval": Rule("a whole number of at least 1, or None for no log", _from_1, (None,)),
+}
 
 
 def checked(arguments: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:

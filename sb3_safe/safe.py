@@ -397,16 +397,20 @@ class SAFE(OnPolicyAlgorithm):
         :param total_timesteps: a lower bound on the number of actions; ``None``: the environment's recommended
             budget (its preset's, else that of all presets).
         :param callback: called at every step.
-        :param log_interval: rollouts between two log lines.
+        :param log_interval: rollouts between two log lines; ``None``: no log.
         :param tb_log_name: name of the run in TensorBoard.
         :param reset_num_timesteps: whether to count from 0 (else training goes on).
         :param progress_bar: shows one (needs the extra ``progress``).
+        :raises ValueError: ``total_timesteps`` or ``log_interval`` does not fit.
         :raises NonFiniteError: a reward, loss or gradient is NaN or infinite. What was learned up to then is in the
             model, and saved at the path that a note to the error names; so it is when an environment, a reward
             function or a callback raises anything else.
         """
         if total_timesteps is None:
             total_timesteps = self.n_timesteps or self._recommended_timesteps()
+        given = {"total_timesteps": total_timesteps, "log_interval": log_interval}
+        given = arguments.checked(given, arguments.LEARN)
+        total_timesteps, log_interval = given["total_timesteps"], given["log_interval"]
         n_updates = self._n_updates
         try:
             return super().learn(

@@ -185,6 +185,26 @@ def test_numpy_numbers_are_taken_on_loading_too(tmp_path: Path):
     model.learn(32)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("total_timesteps", value) for value in (math.nan, -1, "64", "1e5", [64])),
+        *(("log_interval", value) for value in (0, -1, 1.5, "1")),
+    ],
+)
+def test_an_argument_of_learn_that_does_not_fit_is_named_before_a_step(name: str, value: Any):
+    model = SAFE("MlpPolicy", "CartPole-v1", **SMALL)
+    with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+        model.learn(**({"total_timesteps": 64} | {name: value}))
+    assert model.num_timesteps == 0 and model._last_obs is None
+
+
+@pytest.mark.parametrize("arguments", [{"total_timesteps": 0}, {"total_timesteps": 6.4e1}, {"log_interval": None}, {}])
+def test_what_ppo_learns_by_is_taken(arguments: dict[str, Any]):
+    model = SAFE("MlpPolicy", "CartPole-v1", **SMALL).learn(**({"total_timesteps": np.int64(64)} | arguments))
+    assert model.num_timesteps == arguments.get("total_timesteps", 64)
+
+
 def test_a_misspelt_argument_is_a_type_error_as_everywhere_in_python():
     with pytest.raises(TypeError, match="learning_rat"):
         SAFE("CartPole-v1", learning_rat=1e-3)
