@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,12 @@ def test_the_command_compares_run_folders(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["report", *folders, "-o", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert "<th></th><th>safe</th><th>ppo</th>" in output.read_text()
+
+
+def test_the_package_run_as_a_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "sb3_safe", "report", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: sb3-safe report")
 
 
 def test_the_command_shows_the_samples_of_a_single_run(tmp_path: Path) -> None:
