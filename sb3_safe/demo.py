@@ -130,7 +130,7 @@ def show_table(evaluation: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sb3_safe.demo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m sb3_safe.demo", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("--timesteps", type=int, help=f"tokens to train on; default: the preset of {ENV_ID}")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

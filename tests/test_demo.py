@@ -33,6 +33,14 @@ def test_the_demo_shows_what_changed_and_leaves_a_model_and_a_report(
     assert len(write_texts(model, demo.text_env(2))) == 2
 
 
+def test_the_help_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "Aligning a small language model with a reward model." in printed
+    assert "`" not in printed
+
+
 def test_the_policy_has_no_divergence_from_itself_and_the_measure_agrees_with_the_rollouts() -> None:
     model = SAFE(demo.ENV_ID, seed=0, device="cpu", n_steps=32, n_envs=32, batch_size=256)
     texts = write_texts(model, demo.text_env(24))
