@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -11,6 +11,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import check_shape_equal
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
@@ -61,6 +62,31 @@ def fitting_policy(env: VecEnv) -> str:
     if isinstance(space, spaces.Dict):
         return "MultiInputPolicy"
     return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+
+
+def check_places(policy: Any, env: Any, names: Collection[str]) -> None:
+    """Refuse what is neither policy nor environment, and each of them in the other's place.
+
+    :param policy: the first argument of an algorithm, an id that is known already taken out.
+    :param env: the second one; ``None``: none.
+    :param names: of policies.
+    :raises ValueError: with what to pass instead.
+    """
+    known = ", ".join(names)
+    if isinstance(policy, gym.Env | VectorEnv | VecEnv):
+        raise ValueError(
+            f"policy is an environment, {type(policy).__name__}: pass it as the second argument, SAFE('auto', env)"
+        )
+    if not isinstance(policy, str | type):
+        raise ValueError(f"policy must be a name ({known}), a class or an environment id, got {policy!r}")
+    if isinstance(policy, str) and policy not in (*names, "auto"):
+        is_policy = isinstance(env, type) and issubclass(env, BasePolicy)
+        if is_policy or (isinstance(env, str) and env in (*names, "auto")):
+            raise ValueError(f"policy={policy!r} and env={env!r} are swapped: the policy is the first argument")
+        what = "neither a policy nor a registered environment id" if env is None else "not a policy"
+        raise ValueError(f"policy={policy!r} is {what}; policies are {known}, or 'auto' for the one that fits")
+    if env is None and isinstance(policy, str):
+        raise ValueError("env is missing: pass an environment or its id")
 
 
 def check_policy(env: VecEnv, policy: str) -> None:

@@ -1,16 +1,10 @@
 """SAFE: stable alignment finetuning with entropy-aware control, as a Stable-Baselines3 on-policy algorithm."""
 
-import copy
 import functools
 import itertools
 import math
-import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
-from io import BufferedIOBase
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
@@ -19,12 +13,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor
 
 from sb3_safe import arguments, environments, functional
@@ -32,7 +25,6 @@ from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
 from sb3_safe.controller import KLController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
-from sb3_safe.files import replacing
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
     PessimisticCritics,
@@ -41,6 +33,7 @@ from sb3_safe.policies import (
     TwinCriticPolicy,
 )
 from sb3_safe.presets import preset, with_presets
+from sb3_safe.resumable import ResumableAlgorithm
 from sb3_safe.trust_bound import preview_scale, surely_within, walk_back
 
 Reference = Literal["initial", "rollout"]
@@ -72,11 +65,7 @@ def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float
     return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions), "max_drift": None}
 
 
-def _is_policy_class(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BasePolicy)
-
-
-class SAFE(OnPolicyAlgorithm):
+class SAFE(ResumableAlgorithm):
     """PPO made stable: pessimistic twin critics, an asymmetric KL penalty, an entropy gate, a moving threshold.
 
     Four layers on PPO, each with its switch; with all of them off SAFE is SB3's PPO:
@@ -192,7 +181,7 @@ class SAFE(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        self._check_policy_and_env(policy, env)
+        environments.check_places(policy, env, (*self.policy_aliases, "LanguagePolicy"))
         advertised: dict[str, Any] = {}
         if isinstance(env, str):
             env = environments.make(env, n_envs, env_kwargs)
@@ -231,7 +220,7 @@ class SAFE(OnPolicyAlgorithm):
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
-        self._advertised = advertised  # by the environment, for the policy
+        self._advertised = advertised
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -250,7 +239,6 @@ class SAFE(OnPolicyAlgorithm):
         # Made here, not in _setup_model: load() restores attributes between the two.
         self._make_controller()
         self.n_skipped_steps = 0
-        self._normalizer: VecNormalize | None = None  # of a loaded model, until there is an environment for it
         self._last_good: LastGood | None = None
         self.measured_kl = 0.0
         self._any_lost = False  # in the rollout at hand: known once, so that no minibatch has to ask the device
@@ -259,25 +247,6 @@ class SAFE(OnPolicyAlgorithm):
             self._setup_model()
 
     # -- set-up ----------------------------------------------------------------------------------------------------
-
-    def _check_policy_and_env(self, policy: Any, env: Any) -> None:
-        """Refuse what is neither policy nor environment, and each of them in the other's place."""
-        names = (*self.policy_aliases, "LanguagePolicy")
-        known = ", ".join(names)
-        env_is_policy = env in (*names, "auto") if isinstance(env, str) else _is_policy_class(env)
-        if isinstance(policy, gym.Env | gym.vector.VectorEnv | VecEnv):
-            raise ValueError(
-                f"policy is an environment, {type(policy).__name__}: pass it as the second argument, SAFE('auto', env)"
-            )
-        if not isinstance(policy, str | type):
-            raise ValueError(f"policy must be a name ({known}), a class or an environment id, got {policy!r}")
-        if isinstance(policy, str) and policy not in (*names, "auto"):
-            if env_is_policy:
-                raise ValueError(f"policy={policy!r} and env={env!r} are swapped: the policy is the first argument")
-            what = "neither a policy nor a registered environment id" if env is None else "not a policy"
-            raise ValueError(f"policy={policy!r} is {what}; policies are {known}, or 'auto' for the one that fits")
-        if env is None and isinstance(policy, str):
-            raise ValueError("env is missing: pass an environment or its id")
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -424,25 +393,6 @@ class SAFE(OnPolicyAlgorithm):
             if broke_down or (isinstance(error, Exception) and self._n_updates > n_updates):
                 self._rescue(error)
             raise
-
-    def _rescue(self, error: BaseException) -> None:
-        """Save what was learned before an error goes up, and note on it where. Nothing may take the error's place."""
-        logger: Logger | None = getattr(self, "_logger", None)
-        log_folder = logger and logger.get_dir()
-        folders = [log_folder] if log_folder else []
-        with suppress(OSError):  # there may be no place for temporary files
-            folders.append(tempfile.gettempdir())
-        for folder in dict.fromkeys(folders):
-            path = Path(folder) / f"safe_rescue_{self.num_timesteps}_steps.zip"
-            try:
-                self.save(path)
-            except Exception as failure:
-                error.add_note(
-                    f"The last good parameters are in the model; they could not be saved to {path}: {failure!r}"
-                )
-            else:
-                error.add_note(f"The last good parameters are in the model, and saved to {path}")
-                return
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar:  # one that shows more than SB3's
@@ -765,26 +715,6 @@ class SAFE(OnPolicyAlgorithm):
         # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
         self.policy.set_training_mode(True)
 
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """See ``BaseAlgorithm.predict``.
-
-        :param observation: as the environment gives it that the model was trained in: normalised, where that was in a
-            ``VecNormalize``.
-        """
-        if self._normalizer is not None and self._normalizer.norm_obs:
-            warnings.warn(
-                "the model was trained on observations that VecNormalize had normalised, and predict does not do that: "
-                "give load() an env and predict what model.get_env() returns (or normalise observations yourself)",
-                stacklevel=2,
-            )
-        return super().predict(observation, state, episode_start, deterministic)
-
     # -- log and files ---------------------------------------------------------------------------------------------
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
@@ -809,85 +739,6 @@ class SAFE(OnPolicyAlgorithm):
         record("safe/critic_gap", means["critic_gap"])
         record("safe/update_kept", kept)
         record("safe/skipped_steps", self.n_skipped_steps)
-
-    def save(
-        self,
-        path: str | Path | BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Save parameters, optimizer, controller, and the statistics of a ``VecNormalize`` around the environment.
-
-        A file that is there already is replaced when all of the new one is written: a full disk or the end of the
-        process leaves it as it was.
-
-        :param path: file, with or without ``.zip``.
-        :param exclude: attributes to leave out besides the usual ones.
-        :param include: attributes to save although they usually are not.
-        """
-        waiting = self._normalizer
-        self._normalizer = self._vec_normalize_env or waiting
-        try:
-            with replacing(path) if isinstance(path, str | Path) else nullcontext(path) as file:
-                super().save(file, exclude, include)
-        finally:
-            self._normalizer = waiting
-
-    @classmethod
-    def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved model; see ``BaseAlgorithm.load``.
-
-        An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
-        the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
-        Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
-
-        Not in a file are the environment, its unfinished episodes, and the state of random generators: a model with a
-        seed that has taken steps goes on with ``seed + num_timesteps``, and so with random numbers that depend on the
-        file alone and are not those that it began with.
-
-        :param path: what ``save`` was given.
-        :param env: the environment to go on with; ``None`` to predict only.
-        """
-        model = super().load(path, env, *args, **kwargs)
-        model._place_normalizer()
-        model._compare_advertised()
-        return model
-
-    def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, and it warns as :meth:`load` does.
-
-        :param env: the environment to go on with; one in a ``VecNormalize`` keeps its own statistics.
-        :param force_reset: whether the next ``learn`` begins with new episodes.
-        """
-        normalizer = self._normalizer or copy.deepcopy(self._vec_normalize_env)  # a copy is around no environment
-        super().set_env(env, force_reset)
-        self._normalizer = normalizer
-        self._place_normalizer()
-        self._compare_advertised()
-
-    def _compare_advertised(self) -> None:
-        """Warn where an environment asks for another policy than the one that was built asks for."""
-        if not self._advertised or self.env is None:
-            return
-        for name, value in environments.advertised_policy_kwargs(self.env).items():
-            if value not in (self._advertised.get(name), self.policy_kwargs.get(name)):
-                warnings.warn(
-                    f"this environment is for a policy with {name}={value!r}; the model's goes on with "
-                    f"{self.policy_kwargs.get(name)!r}, unless load() is given other policy_kwargs in custom_objects",
-                    stacklevel=3,
-                )
-
-    def _place_normalizer(self) -> None:
-        if self._normalizer is None:
-            return
-        if self.env is None:
-            # What SB3 leaves out of a file but expects to find when it writes the next one.
-            self._normalizer.class_attributes, self._normalizer.returns = {}, np.zeros(0)
-            return
-        if self._vec_normalize_env is None:
-            self.env = environments.with_normalizer(self.env, self._normalizer)
-            self._vec_normalize_env = unwrap_vec_normalize(self.env)
-        self._normalizer = None
 
     def set_parameters(
         self,

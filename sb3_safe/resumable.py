@@ -1,0 +1,150 @@
+"""What a model keeps when it is saved, loaded, given another environment, or stopped by an error."""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
+
+from sb3_safe import environments
+from sb3_safe.files import replacing
+
+
+class ResumableAlgorithm(OnPolicyAlgorithm):
+    """SB3's on-policy algorithm whose files hold all that training goes on with, and of which no error costs anything.
+
+    Besides parameters and optimizer, which SB3 saves, these are the statistics of a ``VecNormalize`` around the
+    environment.
+    """
+
+    policy_kwargs: dict[str, Any]
+    _normalizer: VecNormalize | None = None
+    """Of a loaded model, until there is an environment for it."""
+    _advertised: Mapping[str, Any] = {}
+    """What the environment asked of the policy when that was built."""
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """See ``BaseAlgorithm.predict``.
+
+        :param observation: as the environment gives it that the model was trained in: normalised, where that was in a
+            ``VecNormalize``.
+        """
+        if self._normalizer is not None and self._normalizer.norm_obs:
+            warnings.warn(
+                "the model was trained on observations that VecNormalize had normalised, and predict does not do that: "
+                "give load() an env and predict what model.get_env() returns (or normalise observations yourself)",
+                stacklevel=2,
+            )
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def save(
+        self,
+        path: str | Path | BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save parameters, optimizer, controller, and the statistics of a ``VecNormalize`` around the environment.
+
+        A file that is there already is replaced when all of the new one is written: a full disk or the end of the
+        process leaves it as it was.
+
+        :param path: file, with or without ``.zip``.
+        :param exclude: attributes to leave out besides the usual ones.
+        :param include: attributes to save although they usually are not.
+        """
+        waiting = self._normalizer
+        self._normalizer = self._vec_normalize_env or waiting
+        try:
+            with replacing(path) if isinstance(path, str | Path) else nullcontext(path) as file:
+                super().save(file, exclude, include)
+        finally:
+            self._normalizer = waiting
+
+    @classmethod
+    def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved model; see ``BaseAlgorithm.load``.
+
+        An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
+        the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
+        Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
+
+        Not in a file are the environment, its unfinished episodes, and the state of random generators: a model with a
+        seed that has taken steps goes on with ``seed + num_timesteps``, and so with random numbers that depend on the
+        file alone and are not those that it began with.
+
+        :param path: what ``save`` was given.
+        :param env: the environment to go on with; ``None`` to predict only.
+        """
+        model = super().load(path, env, *args, **kwargs)
+        model._place_normalizer()
+        model._compare_advertised()
+        return model
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, and it warns as :meth:`load` does.
+
+        :param env: the environment to go on with; one in a ``VecNormalize`` keeps its own statistics.
+        :param force_reset: whether the next ``learn`` begins with new episodes.
+        """
+        normalizer = self._normalizer or copy.deepcopy(self._vec_normalize_env)  # a copy is around no environment
+        super().set_env(env, force_reset)
+        self._normalizer = normalizer
+        self._place_normalizer()
+        self._compare_advertised()
+
+    def _compare_advertised(self) -> None:
+        """Warn where an environment asks for another policy than the one that was built asks for."""
+        if not self._advertised or self.env is None:
+            return
+        for name, value in environments.advertised_policy_kwargs(self.env).items():
+            if value not in (self._advertised.get(name), self.policy_kwargs.get(name)):
+                warnings.warn(
+                    f"this environment is for a policy with {name}={value!r}; the model's goes on with "
+                    f"{self.policy_kwargs.get(name)!r}, unless load() is given other policy_kwargs in custom_objects",
+                    stacklevel=3,
+                )
+
+    def _place_normalizer(self) -> None:
+        if self._normalizer is None:
+            return
+        if self.env is None:
+            # What SB3 leaves out of a file but expects to find when it writes the next one.
+            self._normalizer.class_attributes, self._normalizer.returns = {}, np.zeros(0)
+            return
+        if self._vec_normalize_env is None:
+            self.env = environments.with_normalizer(self.env, self._normalizer)
+            self._vec_normalize_env = unwrap_vec_normalize(self.env)
+        self._normalizer = None
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what was learned before an error goes up, and note on it where. Nothing may take the error's place."""
+        logger: Logger | None = getattr(self, "_logger", None)
+        log_folder = logger and logger.get_dir()
+        folders = [log_folder] if log_folder else []
+        with suppress(OSError):  # there may be no place for temporary files
+            folders.append(tempfile.gettempdir())
+        for folder in dict.fromkeys(folders):
+            path = Path(folder) / f"safe_rescue_{self.num_timesteps}_steps.zip"
+            try:
+                self.save(path)
+            except Exception as failure:
+                error.add_note(
+                    f"The last good parameters are in the model; they could not be saved to {path}: {failure!r}"
+                )
+            else:
+                error.add_note(f"The last good parameters are in the model, and saved to {path}")
+                return
