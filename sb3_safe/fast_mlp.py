@@ -148,7 +148,8 @@ class FastMlp:
         evaluation, gradient = self._evaluate(features.numpy(), samples.actions.numpy(), arrays)
         means, slopes = objective.slopes(samples, *evaluation)
         _, *gradients = gradient(*slopes, with_features=False)
-        # Where the policy is not trained its head has no gradient, not even zeros, which an optimizer would count.
+        # Where the policy is not trained its head has no gradient, not even zeros, which an optimizer would count. The
+        # zeros of its hidden layers it does count: a slice of tensors that the critics train, as in the general path.
         trained = self.parameters if objective.trains_policy else self.parameters[: 2 * self.depth + 2]
         for parameter, array in zip(trained, gradients, strict=False):
             if parameter.requires_grad:

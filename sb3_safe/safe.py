@@ -120,6 +120,8 @@ class SAFE(ResumableAlgorithm):
         0.5 against the rollout policy. ``None``: no bound.
     :param critic_warmup: rollouts at the start whose updates train the critics alone (and a features extractor that
         they share with the policy): what a policy would do by the advantages of critics that know nothing yet is noise.
+        Where actor and critics have hidden layers of the same sizes, which are then stacked, Adam counts these updates
+        for the actor's as ones of gradient 0: its first steps after them are up to 3 times as long as the rate.
     :param n_envs: number of environments, when ``env`` is an id.
     :param env_kwargs: arguments of the environment, when ``env`` is an id.
     :param stats_window_size: episodes that logged means are taken over.

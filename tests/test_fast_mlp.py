@@ -277,6 +277,18 @@ def test_loss_gradient_and_statistics_are_those_of_autograd(env_id: str, setting
     assert without == [p.grad is None for p in parameters]  # to an optimizer zero is a gradient
 
 
+def test_while_the_critics_warm_up_the_actors_head_has_no_gradient_and_its_hidden_layers_have_zeros():
+    model, batch = trained("CartPole-v1", critic_warmup=10)
+    policy = model.policy
+    policy.optimizer.zero_grad()
+    assert policy.fast_gradient(batch, model._objective()) is not None
+    assert policy.action_net.weight.grad is policy.action_net.bias.grad is None
+    for parameter in policy.bodies.parameters():
+        actor, *critics = parameter.grad
+        assert not actor.any()
+        assert all(critic.any() for critic in critics)
+
+
 def test_gradients_of_minibatches_add_up():
     model, batch = trained("CartPole-v1")
     sums = []
