@@ -148,8 +148,15 @@ def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
         others = [task[name][0] for name in ("safe-no-gate", "safe-constant")]
         assert all(abs(final - task["safe"][0]) < 30 for final in others)
     gentle = next(rows for rows in CONTROL["lr-x5"]["aggregate"].values() if "safe-off" in rows)
-    least = min(gentle[name]["final"][0] for name in ("only-huber", "only-penalty", "only-preview"))
-    assert f"({least:.2f} or more, normalised, of which PPO has {gentle['safe-off']['final'][0]:.2f})" in SAID
+    ends = {name: f"{row['final'][0]:.2f}" for name, row in gentle.items() if name != "tasks"}
+    count = sum(gentle["ppo"]["runs"])
+    assert f"Pendulum at {ends['ppo']} (normalised, {count} runs), SAFE at {ends['safe']}." in SAID
+    assert ends["only-huber"] == ends["only-preview"]
+    alone = f"at {ends['only-penalty']} (penalty) and {ends['only-huber']} (Huber loss, bound), with none at"
+    assert f"Two seeds with one layer alone end {alone} {ends['safe-off']};" in SAID
+    lows = [gentle[name]["final"][1] for name in ("only-huber", "only-preview", "safe-off")]
+    assert f"but for the penalty's, their intervals begin at {max(lows):.2f} or lower." in SAID
+    assert gentle["only-penalty"]["final"][1] > 0.98
 
 
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
