@@ -1,5 +1,6 @@
 """README and docs are true: their code runs, and what they name exists."""
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -17,6 +18,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_safe import SAFE, GymVecEnv, NonFiniteError, SampleCallback, StabilityCallback
+from sb3_safe.controller import SafeController
 from sb3_safe.finite import check_observations, check_rollout
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +172,26 @@ def test_every_argument_of_its_own_is_explained_to_users_of_ppo() -> None:
     own = set(inspect.signature(SAFE.__init__).parameters) - set(inspect.signature(PPO.__init__).parameters)
     text = PAGES["docs/from-ppo.md"].read_text(encoding="utf-8")
     assert own <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_every_constant_of_the_paper_that_is_no_default_is_in_its_settings_and_among_the_departures() -> None:
+    paper = {"huber_delta": 0.5, "clip_range": 0.2, "clip_range_vf": 0.2, "vf_coef": 0.5, "critic_tau": 0.05,
+             "ent_coef": 0.01, "max_preview_kl": 0.5}  # fmt: skip
+    controller = {"coef": 0.1, "price": 0.0, "tau_base": 0.3, "threshold": "paper", "max_drift": None,
+                  "entropy_floor": 2.0, "kp": 0.3, "ki": 0.01, "kd": 0.05, "target_velocity": 0.001,
+                  "reward_decay": 0.95, "kl_short_decay": 0.9, "kl_long_decay": 0.99, "warmup": 50,
+                  "window": 50}  # fmt: skip
+
+    def other(constants: dict[str, Any], owner: Any) -> dict[str, Any]:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(owner).parameters.items()}
+        return {name: value for name, value in constants.items() if defaults[name] != value}
+
+    expected = other(paper, SAFE) | {"kl_controller_kwargs": other(controller, SafeController)}
+    (code,) = [block.code for block in blocks("docs/from-ppo.md") if "critic_tau" in block.code]
+    call = ast.parse(code).body[0].value
+    assert {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} == expected
+    departures = PAGES["docs/departures.md"].read_text(encoding="utf-8")
+    assert all(f"`{name}`" in departures for name in other(paper, SAFE))
 
 
 def test_whatever_number_is_not_finite_is_in_the_table_of_errors() -> None:
