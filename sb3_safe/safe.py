@@ -23,7 +23,7 @@ from torch import Tensor
 from sb3_safe import arguments, environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
 from sb3_safe.callbacks import ProgressCallback
-from sb3_safe.controller import KLController, make_controller, rollout_threshold
+from sb3_safe.controller import KLController, SafeController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
@@ -276,10 +276,24 @@ class SAFE(ResumableAlgorithm):
             self.max_preview_kl = MAX_PREVIEW_KL[self.kl_reference]
 
     def _make_controller(self) -> None:
-        n_envs = getattr(self, "n_envs", 1)  # load() builds this without one, and restores the controller after
-        defaults = controller_defaults(self.kl_reference, max(1, self.n_steps * n_envs))
+        self._controller_made_for = self._n_actions()
+        defaults = controller_defaults(self.kl_reference, self._controller_made_for)
         self.controller = make_controller(self.kl_controller, defaults, **self.kl_controller_kwargs)
         self._controller_made_of = self._controller_arguments()
+
+    def _n_actions(self) -> int:
+        """Of a rollout, over all environments."""
+        n_envs = getattr(self, "n_envs", 1)  # load() builds this without one, and restores the controller after
+        return max(1, self.n_steps * n_envs)
+
+    def _fit_threshold(self) -> None:
+        """Where nobody gave a ``tau_base``, put the rule's for rollouts of this size; the threshold goes along."""
+        controller, n_actions = self.controller, self._n_actions()
+        given = "tau_base" in self.kl_controller_kwargs
+        if isinstance(controller, SafeController) and self.kl_reference == "rollout" and not given:
+            controller.threshold *= rollout_threshold(n_actions) / controller.tau_base
+            controller.tau_base = rollout_threshold(n_actions)
+        self._controller_made_for = n_actions
 
     def _controller_arguments(self) -> list[Any]:
         # A class by its name: a file has what this list has in it in the form that it has the arguments in themselves.
@@ -291,6 +305,8 @@ class SAFE(ResumableAlgorithm):
         self._check_arguments()
         if self._controller_made_of != self._controller_arguments():
             self._make_controller()  # load() was asked for another one than was saved
+        elif self._controller_made_for != self._n_actions():
+            self._fit_threshold()  # load() was given other environments, or another n_steps
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = getattr(self.policy_class, "rollout_buffer_class", None) or buffer_class_for(
                 self.observation_space

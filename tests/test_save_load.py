@@ -134,6 +134,36 @@ def test_training_goes_on_after_loading_with_other_environments(tmp_path: Path, 
     assert any(not th.equal(old, new) for old, new in zip(before, loaded._trainable(), strict=True))
 
 
+def test_a_threshold_that_follows_the_size_of_rollouts_follows_to_another_one_on_loading(tmp_path: Path):
+    model = trained()
+    model.controller.threshold *= 1.25
+    model.save(tmp_path / "model")
+    for kwargs, n_actions in (({}, 3 * 32), ({"n_steps": 48}, 3 * 48)):
+        loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 3), **kwargs)
+        assert loaded.controller.tau_base == rollout_threshold(n_actions)
+        assert loaded.controller.threshold == pytest.approx(1.25 * rollout_threshold(n_actions))
+        before, after = vars(model.controller), vars(loaded.controller)
+        assert {name for name in before if before[name] != after[name]} == {"tau_base", "threshold"}
+        loaded.save(tmp_path / "again")
+        assert_same_metrics(SAFE.load(tmp_path / "again").controller, loaded.controller)
+
+
+@pytest.mark.parametrize("kwargs", [{"kl_controller_kwargs": {"tau_base": 0.5}}, {"kl_reference": "initial"}])
+def test_a_threshold_of_its_own_stays_whatever_size_a_model_is_loaded_for(tmp_path: Path, kwargs: dict[str, Any]):
+    model = trained(**kwargs)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 3))
+    assert_same_metrics(loaded.controller, model.controller)
+    assert loaded.controller.tau_base == model.controller.tau_base
+
+
+def test_a_threshold_that_was_changed_in_between_survives_where_the_size_is_the_same(tmp_path: Path):
+    model = trained()
+    model.controller.tau_base = 0.7
+    model.save(tmp_path / "model")
+    assert SAFE.load(tmp_path / "model", env=model.env).controller.tau_base == 0.7
+
+
 def test_training_after_loading_is_training_without_the_detour(tmp_path: Path):
     model = trained(critic_tau=0.5, kl_reference="initial", kl_controller_kwargs={"tau_base": 1e-4})
     model.save(tmp_path / "model")
