@@ -49,6 +49,16 @@ class Evaluation(NamedTuple):
     """``[B]``, nats; ``None`` where the distribution has no closed form (squashed gSDE)."""
 
 
+class LatentEvaluation(Evaluation):
+    """An evaluation that has with it what it was made of, so that a policy's other methods need no pass of their own.
+
+    It unpacks to the three of an :class:`Evaluation`. A subclass that makes a new one of them only loses time.
+    """
+
+    latents: Tensor | None = None
+    """``[B, h]``, with gradient."""
+
+
 class PessimisticCritics(nn.Module):
     """State and rule of the soft-min that every SAFE policy shares.
 
@@ -389,8 +399,12 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         assert self.reference is not None, "freeze_reference() has not been called"
         return self.reference.evaluate(obs, actions).log_prob
 
-    def exact_kl(self, obs: PyTorchObs) -> Tensor:
-        """Closed-form ``KL(policy || reference)`` ``[B]``, nats per action."""
+    def exact_kl(self, obs: PyTorchObs, latents: Tensor | None = None) -> Tensor:
+        """Closed-form ``KL(policy || reference)`` ``[B]``, nats per action.
+
+        :param obs: a minibatch of observations.
+        :param latents: those of a :class:`LatentEvaluation`; not used: a pass through small networks costs little.
+        """
         assert self.reference is not None, "freeze_reference() has not been called"
         with th.no_grad():
             reference = self.reference.get_distribution(obs)

@@ -589,7 +589,9 @@ class SAFE(ResumableAlgorithm):
 
     def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
         """The loss of a minibatch ``[]``, and means over its actions for the log."""
-        values, log_prob, entropy = self.policy.evaluate(batch.observations, batch.actions)
+        evaluation = self.policy.evaluate(batch.observations, batch.actions)
+        values, log_prob, entropy = evaluation
+        latents = getattr(evaluation, "latents", None)
         if entropy is None:  # no closed form: the log-probability of the actions taken stands in, as in SB3
             entropy = -log_prob
         log_ratio = log_prob - batch.old_log_prob
@@ -618,7 +620,7 @@ class SAFE(ResumableAlgorithm):
         if self.kl_estimator != "k1" and trains_policy:  # k1 is in the reward already
             coefficient = self.controller.coefficient(parts["kl"])
             if coefficient > 0:
-                loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio)
+                loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio, latents)
         lost = self._lost(batch)
         if lost is not None and trains_policy:  # where the policy is certain, nothing above has a gradient
             loss = loss + self.controller.coef * lost * functional.unlikelihood(log_prob)
@@ -637,12 +639,14 @@ class SAFE(ResumableAlgorithm):
             return None
         return batch.old_log_prob - batch.reference_log_prob > self._max_drift
 
-    def _kl_term(self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor) -> Tensor:
+    def _kl_term(
+        self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor, latents: Tensor | None = None
+    ) -> Tensor:
         """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
         if batch.reference_log_prob is None:
             return functional.k3(log_ratio)
         if self.kl_estimator == "exact":
-            return self.policy.exact_kl(batch.observations)  # type: ignore[no-any-return]
+            return self.policy.exact_kl(batch.observations, latents)  # type: ignore[no-any-return]
         drift = log_prob - batch.reference_log_prob
         return functional.weighted_k3(drift, log_ratio) if self.kl_estimator == "k3" else functional.k2(drift)
 

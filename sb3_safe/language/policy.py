@@ -26,7 +26,7 @@ from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_lan
 from sb3_safe.language.onednn import accelerate, packing
 from sb3_safe.language.slots import PREFILL_ROWS, SlotCache
 from sb3_safe.language.tokens import TokenDistribution, sample
-from sb3_safe.policies import Evaluation, PessimisticCritics
+from sb3_safe.policies import Evaluation, LatentEvaluation, PessimisticCritics
 
 
 class ValueHead(nn.Sequential):
@@ -329,7 +329,9 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         """
         hidden = self._hidden(self.lm, obs)
         log_prob, entropy = self._score(self.lm, hidden, obs, actions)
-        return Evaluation(self._values(self.heads, hidden), log_prob, entropy)
+        evaluation = LatentEvaluation(self._values(self.heads, hidden), log_prob, entropy)
+        evaluation.latents = hidden
+        return evaluation
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
@@ -395,12 +397,16 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         with self._reference() as lm:
             return self._score(lm, self._hidden(lm, obs), obs, actions)[0]
 
-    def exact_kl(self, obs: PyTorchObs) -> Tensor:
-        """``KL(policy || reference)`` ``[B]`` over the whole vocabulary, nats per token."""
+    def exact_kl(self, obs: PyTorchObs, latents: Tensor | None = None) -> Tensor:
+        """``KL(policy || reference)`` ``[B]`` over the whole vocabulary, nats per token.
+
+        :param obs: as for :meth:`evaluate`.
+        :param latents: those that :meth:`evaluate` gave; ``None``: the model is run for them.
+        """
         assert isinstance(obs, dict)
         with th.no_grad(), self._reference() as lm:
             reference_hidden = self._hidden(lm, obs)
-        hidden = self._hidden(self.lm, obs)
+        hidden = self._hidden(self.lm, obs) if latents is None else latents
         # Adapters leave the output layer alone, so that it is the reference's too.
         reference = self.lm if self.adapters is not None else self.reference
         return self.distribution.kl(self.lm, hidden, reference, reference_hidden, obs["new_tokens"])

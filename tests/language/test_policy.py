@@ -20,6 +20,7 @@ from sb3_safe.language import LanguagePolicy, SegmentBuffer
 from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
+from sb3_safe.policies import Evaluation
 
 from .conftest import VOCAB_SIZE, make_config
 from .test_agreement import Silent, rollout, text_model
@@ -271,6 +272,33 @@ def test_the_reference_stays_where_it_was(env_kwargs: dict[str, Any]) -> None:
     assert expected.mean() > 1e-4
     np.testing.assert_allclose(model.policy.exact_kl(batch.observations).detach(), expected.detach(), atol=1e-5)
     np.testing.assert_allclose(categorical_kl(log_probs, reference).detach(), expected.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, {"r": 4}])
+def test_the_exact_kl_takes_one_pass_of_the_policy(
+    lora: Any, env_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its gradient is that of a pass of its own."""
+    model = text_model(
+        env_kwargs, kl_estimator="exact", kl_controller="fixed", learning_rate=1e-2, policy_kwargs={"lora": lora}
+    )
+    model.learn(13 * 6 * 2)
+    policy, batch = model.policy, next(iter(rollout(model).get(1000)))
+    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    passes: list[bool] = []
+    hidden = policy._hidden
+    monkeypatch.setattr(policy, "_hidden", lambda *args: passes.append(th.is_grad_enabled()) or hidden(*args))
+    gradients = []
+    for forget in (False, True):
+        if forget:
+            evaluate = policy.evaluate
+            monkeypatch.setattr(policy, "evaluate", lambda *args: Evaluation(*evaluate(*args)))  # noqa: B023
+        policy.optimizer.zero_grad()
+        model._loss(batch)[0].backward()
+        gradients.append([parameter.grad.clone() for parameter in model._trainable()])
+    assert passes == [True, False, True, False, True]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_critic_rate_multiplies_the_learning_rate_of_the_heads(env_kwargs: dict[str, Any]) -> None:
