@@ -15,6 +15,10 @@ from torch.nn import functional as F
 MAX_LOG_RATIO = 20.0
 # Probability that is left for everything else where an action is certain: keeps 1 / (1 - pi) finite.
 CERTAINTY = 1e-6
+# Below it a log-probability is that of an action that a mask excludes, not of an improbable one.
+EXCLUDED = -1e7
+# As a log-probability, nothing; finite, so that its gradient is 0 and not NaN.
+NOTHING = -1e9
 
 
 def soft_min(values: Tensor, temperature: float) -> Tensor:
@@ -148,18 +152,54 @@ def weighted_k3(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
     return th.exp(log_importance.clamp(max=MAX_LOG_RATIO)) * k3(-log_ratio)
 
 
-def unlikelihood(log_prob: Tensor) -> Tensor:
+def unlikelihood(log_others: Tensor) -> Tensor:
     """``-log(1 - pi)`` per action, a loss that lowers its probability also where the policy is certain of it.
 
     There ``grad log pi`` vanishes, and with it whatever a reward or a KL says through the policy gradient; the
-    gradient of this loss tends to that of the action's logit. It vanishes where the action is improbable.
+    gradient of this loss by the action's logit is ``pi``. It vanishes where the action is improbable.
 
-    :param log_prob: ``[B]``, of discrete actions.
-    :return: ``[B]``, nats, at most 14.
+    :param log_others: ``[B]``, ``log(1 - pi)`` of discrete actions; see :func:`log_others`.
+    :return: ``[B]``, nats; 0 where nothing else is possible.
 
     See Welleck et al. 2019, https://arxiv.org/abs/1908.04319
     """
-    return -th.log(CERTAINTY - th.expm1(log_prob.clamp(max=0.0)))
+    return -th.where(log_others > EXCLUDED, log_others, th.zeros_like(log_others))
+
+
+def log_others(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """``log(1 - pi(a))`` as the probability of all other actions: ``logsumexp_{b != a} log pi(b)``.
+
+    ``1 - pi(a)`` itself is 0 in single precision as soon as the log-odds pass 16, and so is its gradient.
+
+    :param log_probs: ``[..., A]``, normalised log-probabilities.
+    :param actions: ``[...]``
+    :return: ``[...]``, nats; below :data:`EXCLUDED` where nothing else is possible.
+    """
+    return log_probs.scatter(-1, actions.unsqueeze(-1), NOTHING).logsumexp(dim=-1)
+
+
+def log_any_other(log_probs: Tensor, log_others: Tensor) -> Tensor:
+    """Log-probability that at least one of D independent choices is another: ``log(1 - prod_d pi_d)``.
+
+    The first that differs may be any: ``1 - prod_d pi_d = sum_d (prod_{e < d} pi_e) (1 - pi_d)``.
+
+    :param log_probs: ``[..., D]``, ``log pi_d``
+    :param log_others: ``[..., D]``, ``log(1 - pi_d)``
+    :return: ``[...]``, nats.
+    """
+    before = log_probs.cumsum(dim=-1) - log_probs
+    return (before + log_others).logsumexp(dim=-1)
+
+
+def log_complement(log_prob: Tensor) -> Tensor:
+    """``log(1 - pi)`` where ``log pi`` is all that is known of a distribution.
+
+    In single precision its gradient fades where the log-odds pass 14: prefer :func:`log_others`.
+
+    :param log_prob: ``[B]``, of discrete actions.
+    :return: ``[B]``, nats, at least -14.
+    """
+    return th.log(CERTAINTY - th.expm1(log_prob.clamp(max=0.0)))
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -27,11 +27,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 
-from sb3_safe import arguments
+from sb3_safe import arguments, functional
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
 from sb3_safe.fast_mlp import FastMlp, fast_path, has_hooks
-from sb3_safe.functional import soft_min
 from sb3_safe.parallel_mlp import architecture, side_by_side
 
 MEAN_ALPHA = 1e8
@@ -134,6 +133,18 @@ class PessimisticCritics(nn.Module):
         """
         return None
 
+    def log_others(self, obs: PyTorchObs, actions: Tensor, evaluation: Evaluation, rows: Tensor) -> Tensor:
+        """``log(1 - pi)`` ``[n]`` of some discrete actions, nats, with gradient.
+
+        Here it is had from the log-probability alone, which cannot tell how certain a policy is that is very certain.
+
+        :param obs: a minibatch of observations.
+        :param actions: ``[B, ...]``, as the rollout buffer yields them.
+        :param evaluation: what :meth:`evaluate` gave for them.
+        :param rows: ``[n]``, which of them.
+        """
+        return functional.log_complement(evaluation.log_prob[rows])
+
     def aggregate(self, values: Tensor) -> Tensor:
         """Soft-min of the critics.
 
@@ -142,7 +153,7 @@ class PessimisticCritics(nn.Module):
         """
         if self.n_critics == 1:
             return values
-        return (soft_min(values / self.return_scale, self.soft_min_alpha) * self.return_scale).unsqueeze(-1)
+        return (functional.soft_min(values / self.return_scale, self.soft_min_alpha) * self.return_scale).unsqueeze(-1)
 
 
 class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
@@ -410,6 +421,22 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             reference = self.reference.get_distribution(obs)
         divergence = kl_divergence(self.get_distribution(obs), reference)
         return divergence.sum(-1) if divergence.dim() > 1 else divergence
+
+    def log_others(self, obs: PyTorchObs, actions: Tensor, evaluation: Evaluation, rows: Tensor) -> Tensor:
+        """See :meth:`PessimisticCritics.log_others`. Exact for categorical and binary actions of any dimension."""
+        distribution = self._get_action_dist_from_latent(self._latents(obs)[0][rows])
+        whole = getattr(distribution, "distribution", None)
+        parts = whole if isinstance(whole, list) else [whole]
+        taken = actions[rows].reshape(len(rows), -1)
+        if isinstance(whole, th.distributions.Bernoulli):
+            log_probs, others = (whole.log_prob(bits) for bits in (taken, 1 - taken))  # type: ignore[no-untyped-call]
+            return functional.log_any_other(log_probs, others)
+        if not all(isinstance(part, th.distributions.Categorical) for part in parts):
+            return super().log_others(obs, actions, evaluation, rows)
+        pairs = list(zip(parts, taken.long().unbind(dim=-1), strict=True))
+        log_probs = th.stack([part.logits.gather(-1, chosen[:, None])[:, 0] for part, chosen in pairs], dim=-1)
+        others = th.stack([functional.log_others(part.logits, chosen) for part, chosen in pairs], dim=-1)
+        return functional.log_any_other(log_probs, others)
 
     def make_target_critics(self) -> None:
         """See :meth:`PessimisticCritics.make_target_critics`."""

@@ -623,7 +623,8 @@ class SAFE(ResumableAlgorithm):
                 loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio, latents)
         lost = self._lost(batch)
         if lost is not None and trains_policy:  # where the policy is certain, nothing above has a gradient
-            loss = loss + self.controller.coef * lost * functional.unlikelihood(log_prob)
+            log_others = self.policy.log_others(batch.observations, batch.actions, evaluation, lost)
+            loss = loss.index_add(0, lost, functional.unlikelihood(log_others), alpha=self.controller.coef)
         total = loss.mean()
         parts["loss"] = total.item()
         return total, parts
@@ -634,10 +635,11 @@ class SAFE(ResumableAlgorithm):
         return None if isinstance(self.action_space, spaces.Box) else self.controller.max_drift
 
     def _lost(self, batch: SafeSamples) -> Tensor | None:
-        """Actions of the rollout that drifted beyond the limit ``[B]``; ``None`` where the rollout has none."""
+        """Which actions ``[n]`` of a minibatch drifted beyond the limit in the rollout; ``None`` where none did."""
         if self._max_drift is None or batch.reference_log_prob is None or not self._any_lost:
             return None
-        return batch.old_log_prob - batch.reference_log_prob > self._max_drift
+        lost = th.nonzero(batch.old_log_prob - batch.reference_log_prob > self._max_drift).view(-1)
+        return lost if len(lost) > 0 else None
 
     def _kl_term(
         self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor, latents: Tensor | None = None

@@ -345,25 +345,40 @@ def test_k3_of_a_tiny_ratio_keeps_its_digits_in_single_precision():
     np.testing.assert_allclose(functional.k3(log_ratio), log_ratio.double().square() / 2, rtol=1e-3)
 
 
-@given(st.floats(-6, 12), st.integers(2, 6))
-def test_unlikelihood_lowers_the_logit_of_a_certain_action_as_strongly_as_of_any(margin: float, n: int):
-    logits = th.tensor([margin] + [0.0] * (n - 1), dtype=th.float64, requires_grad=True)
-    log_prob = th.log_softmax(logits, -1)[0]
-    loss = functional.unlikelihood(log_prob)
-    probability = log_prob.exp().item()
-    assert loss.item() == pytest.approx(-np.log1p(-probability), abs=0.2)
-    (gradient,) = th.autograd.grad(loss, logits, retain_graph=True)
-    assert gradient[0].item() == pytest.approx(probability, rel=0.2)
-    # What a policy gradient would have to work with.
-    (score,) = th.autograd.grad(log_prob, logits)
-    assert score[0].item() == pytest.approx(1 - probability)
+@given(st.floats(-6, 40), st.integers(2, 6))
+def test_unlikelihood_lowers_the_logit_of_a_certain_action_as_strongly_as_of_any(log_odds: float, n: int):
+    """In single precision, in which 1 - pi is 0 from log-odds of 17 on."""
+    logits = th.tensor([log_odds + np.log(n - 1)] + [0.0] * (n - 1), dtype=th.float32, requires_grad=True)
+    loss = functional.unlikelihood(functional.log_others(th.log_softmax(logits, -1), th.tensor(0)))
+    probability = 1 / (1 + np.exp(-log_odds))
+    assert loss.item() == pytest.approx(np.logaddexp(0, log_odds), rel=1e-5, abs=1e-6)
+    (gradient,) = th.autograd.grad(loss, logits)
+    np.testing.assert_allclose(gradient, [probability] + [-probability / (n - 1)] * (n - 1), rtol=1e-4, atol=1e-6)
 
 
-def test_unlikelihood_is_finite_at_the_ends():
-    log_prob = th.tensor([0.0, 1e-7, -1e-7, -100.0], requires_grad=True)
-    loss = functional.unlikelihood(log_prob)
-    (gradient,) = th.autograd.grad(loss.sum(), log_prob)
-    assert th.isfinite(loss).all()
+@pytest.mark.parametrize("excluded", [-1e8, -1e9, -np.inf])
+def test_where_nothing_else_is_possible_there_is_no_unlikelihood(excluded: float):
+    logits = th.tensor([[1.0, excluded, excluded], [1.0, 2.0, excluded]], requires_grad=True)
+    log_others = functional.log_others(th.log_softmax(logits, -1), th.tensor([0, 0]))
+    loss = functional.unlikelihood(log_others)
+    np.testing.assert_allclose(loss.detach(), [0, np.log1p(np.exp(-1))], rtol=1e-5)
+    (gradient,) = th.autograd.grad(loss.sum(), logits)
+    np.testing.assert_allclose(gradient[0], np.zeros(3))
+    np.testing.assert_allclose(gradient[1], np.array([1, -1, 0]) / (1 + np.e), rtol=1e-5)
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5))
+def test_of_several_choices_at_least_one_is_another_unless_all_are_as_they_were(probabilities: list[float]):
+    p = values_of(probabilities)
+    expected = np.log(1 - np.prod(probabilities))
+    np.testing.assert_allclose(functional.log_any_other(p.log(), th.log1p(-p)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_known_of_a_log_probability_alone_is_finite_at_the_ends():
+    log_prob = th.tensor([0.0, 1e-7, -1e-7, -1.0, -100.0], requires_grad=True)
+    complement = functional.log_complement(log_prob)
+    (gradient,) = th.autograd.grad(complement.sum(), log_prob)
+    assert th.isfinite(complement).all()
     assert th.isfinite(gradient).all()
-    assert loss.max().item() < 14
-    assert loss.min().item() == pytest.approx(0, abs=1e-5)
+    assert complement.min().item() > -14
+    np.testing.assert_allclose(complement[3:].detach(), [np.log1p(-np.exp(-1)), 0], atol=1e-5)

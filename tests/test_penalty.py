@@ -169,7 +169,7 @@ def test_the_safe_controller_punishes_only_beyond_its_threshold():
     np.testing.assert_allclose(gradients[2] - gradients[0], coefficient * slopes(model, batch), rtol=1e-4, atol=1e-6)
 
 
-def certain(max_drift: float | None) -> SAFE:
+def certain(max_drift: float | None, log_odds: float = 12.0) -> SAFE:
     """A policy that has become certain of one of three actions, which its start took a third of the time."""
     model = make(
         "Tiny-vector-discrete-v0",
@@ -178,7 +178,7 @@ def certain(max_drift: float | None) -> SAFE:
         learning_rate=2e-2,
     )
     with th.no_grad():
-        model.policy.action_net.bias[0] += 12.0
+        model.policy.action_net.bias[0] += log_odds
     return model
 
 
@@ -199,6 +199,20 @@ def test_an_action_the_policy_is_certain_of_and_the_start_was_not_is_unlearned()
     assert without > 0.999
     assert within == without
     assert beyond < 0.9
+
+
+@pytest.mark.parametrize("log_odds", [18.0, 40.0])
+def test_an_action_is_unlearned_however_certain_the_policy_is(log_odds: float):
+    """Also where its probability is 1 in single precision."""
+    model = certain(1.0, log_odds)
+
+    def gap() -> float:
+        logits = model.policy.action_net.bias.detach()
+        return (logits[0] - logits[1:].logsumexp(0)).item()
+
+    before = gap()
+    model.learn(10 * 32)
+    assert gap() < before - 1.0
 
 
 def test_a_limit_that_nothing_passes_changes_nothing():

@@ -293,6 +293,55 @@ def test_the_exact_kl_is_the_closed_form_summed_over_action_dimensions(
     np.testing.assert_allclose(exact.detach(), np.sum(parts, axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary"])
+def test_the_loss_of_certainty_is_that_of_all_other_actions(kind: str):
+    """Where it can be had from the log-probability as well, by value and gradient; and where that cannot tell."""
+    policy = make(TwinCriticPolicy, VECTOR, ACTIONS[kind])
+    jolt(policy)
+    obs, rows = observations(), th.tensor([3, 0])
+    actions = policy(obs)[0].float()
+    evaluation = policy.evaluate(obs, actions)
+    others = policy.log_others(obs, actions, evaluation, rows)
+    expected = th.log(-th.expm1(evaluation.log_prob[rows]))
+    np.testing.assert_allclose(others.detach(), expected.detach(), rtol=1e-4)
+    parameters = list(policy.action_net.parameters())
+    for a, b in zip(
+        *(th.autograd.grad(x.sum(), parameters, retain_graph=True) for x in (others, expected)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    with th.no_grad():
+        policy.action_net.weight *= 300
+    certain = policy.get_distribution(obs).mode().float()
+    evaluation = policy.evaluate(obs, certain)
+    sure = th.nonzero(evaluation.log_prob > -1e-9).view(-1)
+    assert len(sure) > 0
+    assert (policy.log_others(obs, certain, evaluation, sure) < -17).all()
+
+
+def test_a_distribution_that_is_not_known_has_what_its_log_probability_tells():
+    class Own(Distribution):
+        def __init__(self, whole: Any) -> None:
+            self.whole = whole
+
+        def log_prob(self, actions: th.Tensor) -> th.Tensor:
+            return self.whole.log_prob(actions)
+
+        def entropy(self) -> th.Tensor:
+            return self.whole.entropy()
+
+        proba_distribution = proba_distribution_net = sample = mode = actions_from_params = log_prob_from_params = None
+
+    class OwnPolicy(TwinCriticPolicy):
+        def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+            return Own(super()._get_action_dist_from_latent(latent_pi))
+
+    policy = make(OwnPolicy)
+    obs, actions, rows = observations(), th.zeros(5), th.arange(2)
+    evaluation = policy.evaluate(obs, actions)
+    expected = th.log(-th.expm1(evaluation.log_prob[:2])).detach()
+    np.testing.assert_allclose(policy.log_others(obs, actions, evaluation, rows).detach(), expected, rtol=1e-4)
+
+
 def test_the_reference_is_neither_trained_nor_copied_into_the_next_reference():
     policy = make(TwinCriticPolicy)
     trained = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}

@@ -411,6 +411,14 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         reference = self.lm if self.adapters is not None else self.reference
         return self.distribution.kl(self.lm, hidden, reference, reference_hidden, obs["new_tokens"])
 
+    def log_others(self, obs: PyTorchObs, actions: Tensor, evaluation: Evaluation, rows: Tensor) -> Tensor:
+        """See :meth:`~sb3_safe.policies.PessimisticCritics.log_others`."""
+        assert isinstance(obs, dict)
+        latents = getattr(evaluation, "latents", None)
+        hidden = self._hidden(self.lm, obs) if latents is None else latents
+        chosen = actions.long().view(-1)[rows]
+        return self.distribution.log_others(self.lm, hidden[rows], obs["new_tokens"][rows], chosen)
+
     def make_target_critics(self) -> None:
         """Add lagging copies of the heads, which then supply the values that advantages are made of."""
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)

@@ -13,11 +13,11 @@ import torch as th
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sb3_safe.functional import categorical_kl
+from sb3_safe.functional import NOTHING, categorical_kl, log_others
 from sb3_safe.language.body import next_logits
 
 # Far enough below any logit that its probability is exactly 0, and finite, so that 0 * log 0 is 0 and not NaN.
-SUPPRESSED = -1e9
+SUPPRESSED = NOTHING
 # Logits in float32 that exist at a time; a few tensors of this size do: 64 MB each.
 CHUNK_LOGITS = 2**24
 
@@ -108,6 +108,14 @@ class TokenDistribution:
 
         log_prob, entropy = in_chunks(score, _chunk_rows(lm), hidden, new_tokens, chosen)
         return log_prob, entropy
+
+    def log_others(self, lm: Any, hidden: Tensor, new_tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Log-probability ``[B]`` of all tokens but the one that was chosen, nats; arguments as of :meth:`score`."""
+
+        def others(hidden: Tensor, new_tokens: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+            return (log_others(self.log_probs(lm, hidden, new_tokens, chosen), chosen),)
+
+        return in_chunks(others, _chunk_rows(lm), hidden, new_tokens, chosen)[0]
 
     def kl(self, lm: Any, hidden: Tensor, reference: Any, reference_hidden: Tensor, new_tokens: Tensor) -> Tensor:
         """``KL(policy || reference)`` ``[B]`` over the whole vocabulary, nats; without ``top_k`` and ``top_p``.

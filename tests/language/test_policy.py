@@ -301,6 +301,35 @@ def test_the_exact_kl_takes_one_pass_of_the_policy(
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_a_policy_tells_the_probability_of_all_other_tokens(env_kwargs: dict[str, Any]) -> None:
+    """Of the hidden states that an evaluation has, or of those of a pass of its own."""
+    model = text_model(env_kwargs, policy_kwargs={"top_k": 50})
+    policy, batch = model.policy, next(iter(rollout(model).get(1000)))
+    rows = th.tensor([5, 0, 7])
+    evaluation = policy.evaluate(batch.observations, batch.actions)
+    expected = th.log(-th.expm1(evaluation.log_prob[rows])).detach()
+    for given in (evaluation, Evaluation(*evaluation)):
+        others = policy.log_others(batch.observations, batch.actions, given, rows)
+        assert others.requires_grad
+        np.testing.assert_allclose(others.detach(), expected, atol=1e-5)
+    assert policy.log_others(batch.observations, batch.actions, evaluation, rows[:0]).shape == (0,)
+
+
+def test_lost_tokens_are_pushed_down_and_only_they(env_kwargs: dict[str, Any]) -> None:
+    model = text_model(env_kwargs, kl_controller_kwargs={"max_drift": 3.0, "coef": 0.5})
+    batch = next(iter(rollout(model).get(1000)))
+    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    n = len(batch.actions)
+    drifts = th.where(th.arange(n) % 3 == 0, 4.0, 0.0)
+    batch = batch._replace(reference_log_prob=batch.old_log_prob - drifts)
+    model._any_lost = False
+    (without, _), model._any_lost = model._loss(batch), True
+    with_them, _ = model._loss(batch)
+    log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
+    expected = -th.log(-th.expm1(log_prob))[drifts > 0].sum() * 0.5 / n
+    assert (with_them - without).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_critic_rate_multiplies_the_learning_rate_of_the_heads(env_kwargs: dict[str, Any]) -> None:
     model = text_model(env_kwargs, learning_rate=1e-3, policy_kwargs={"critic_rate": 4.0})
     model.learn(100)

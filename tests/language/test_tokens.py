@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from sb3_safe.functional import unlikelihood
 from sb3_safe.language import tokens as tokens_module
 from sb3_safe.language.tokens import SUPPRESSED, TokenDistribution, in_chunks
 
@@ -126,6 +127,36 @@ def test_chunks_change_nothing(size: int, rows: int) -> None:
         results.append((*outputs, *th.autograd.grad(sum(o.square().sum() for o in outputs), [inputs, weight])))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one.detach(), other.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [2**24, 20])
+def test_the_probability_of_all_other_tokens_is_had_however_certain_one_is(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "CHUNK_LOGITS", chunk)
+    logits = th.randn(6, 9, generator=th.Generator().manual_seed(0))
+    log_odds = th.tensor([-2.0, 0.0, 12.0, 20.0, 30.0, 40.0])
+    chosen = th.tensor([0, 8, 3, 3, 2, 5])
+    rest = logits.scatter(-1, chosen[:, None], -th.inf).logsumexp(-1)
+    logits.scatter_(-1, chosen[:, None], (rest + log_odds)[:, None])
+    logits.requires_grad_()
+    others = TokenDistribution().log_others(OutputLayer(9), logits, th.zeros(6, dtype=th.long), chosen)
+    np.testing.assert_allclose(others.detach(), -np.logaddexp(0, log_odds.numpy()), rtol=1e-5)
+    (gradient,) = th.autograd.grad(others.sum(), logits)
+    expected = -1 / (1 + np.exp(-log_odds.numpy()))
+    np.testing.assert_allclose(gradient.gather(-1, chosen[:, None])[:, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 1}, {"top_p": 0.01}, {"min_new_tokens": 2, "eos_token_id": [1, 2]}])
+def test_a_token_that_is_all_that_is_left_is_not_pushed_down(restriction: Any) -> None:
+    logits = th.tensor([[5.0, 4.0, -3.0], [5.0, 4.0, 7.0]], requires_grad=True)
+    chosen, new_tokens = th.tensor([0, 0]), th.zeros(2, dtype=th.long)
+    others = TokenDistribution(**restriction).log_others(OutputLayer(3), logits, new_tokens, chosen)
+    loss = unlikelihood(others)
+    (gradient,) = th.autograd.grad(loss.sum(), logits)
+    assert th.isfinite(gradient).all()
+    assert loss[0] == 0 and not gradient[0].any()
+    assert th.isfinite(loss).all()
 
 
 @pytest.mark.parametrize("estimator", ["k2", "exact"])
