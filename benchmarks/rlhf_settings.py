@@ -60,8 +60,8 @@ class PublishedPolicy(LanguagePolicy):
 
     def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
         """As the base class, with the soft-min as the only critic ``[B, 1]``."""
-        values, log_prob, entropy = super().evaluate(obs, actions)
-        return Evaluation(self.aggregate(values), log_prob, entropy)
+        evaluation = super().evaluate(obs, actions)
+        return evaluation._replace(values=self.aggregate(evaluation.values))
 
 
 class PublishedSAFE(SAFE):

@@ -105,7 +105,7 @@ def divergence(model: SAFE, texts: Infos) -> dict[str, float]:
         "new_tokens": cols + 1 - prompt_length[rows, 0],
     }
     tokens = ids[rows, cols + 1]
-    _, log_prob, entropy = model.policy.evaluate(observations, tokens)
+    _, log_prob, entropy, _ = model.policy.evaluate(observations, tokens)
     drift = log_prob - model.policy.reference_log_prob(observations, tokens)
     return {
         "kl_per_token": drift.mean().item(),

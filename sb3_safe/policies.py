@@ -46,16 +46,8 @@ class Evaluation(NamedTuple):
     """``[B]``, nats."""
     entropy: Tensor | None
     """``[B]``, nats; ``None`` where the distribution has no closed form (squashed gSDE)."""
-
-
-class LatentEvaluation(Evaluation):
-    """An evaluation that has with it what it was made of, so that a policy's other methods need no pass of their own.
-
-    It unpacks to the three of an :class:`Evaluation`. A subclass that makes a new one of them only loses time.
-    """
-
     latents: Tensor | None = None
-    """``[B, h]``, with gradient."""
+    """``[B, h]``, what the policy's other methods can go on from, where a pass of their own would cost much."""
 
 
 class PessimisticCritics(nn.Module):
@@ -324,8 +316,8 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
-        values, log_prob, entropy = self.evaluate(obs, actions)
-        return self.aggregate(values), log_prob, entropy
+        evaluation = self.evaluate(obs, actions)
+        return self.aggregate(evaluation.values), evaluation.log_prob, evaluation.entropy
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Soft-min values ``[B, 1]``, of the target critics where there are any."""
@@ -414,7 +406,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         """Closed-form ``KL(policy || reference)`` ``[B]``, nats per action.
 
         :param obs: a minibatch of observations.
-        :param latents: those of a :class:`LatentEvaluation`; not used: a pass through small networks costs little.
+        :param latents: of its evaluation; not used: a pass through small networks costs little.
         """
         assert self.reference is not None, "freeze_reference() has not been called"
         with th.no_grad():

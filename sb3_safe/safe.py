@@ -27,6 +27,7 @@ from sb3_safe.controller import KLController, SafeController, make_controller, r
 from sb3_safe.fast_loss import Objective
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
+    Evaluation,
     PessimisticCritics,
     TwinCriticCnnPolicy,
     TwinCriticMultiInputPolicy,
@@ -589,9 +590,8 @@ class SAFE(ResumableAlgorithm):
 
     def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
         """The loss of a minibatch ``[]``, and means over its actions for the log."""
-        evaluation = self.policy.evaluate(batch.observations, batch.actions)
-        values, log_prob, entropy = evaluation
-        latents = getattr(evaluation, "latents", None)
+        evaluation = Evaluation(*self.policy.evaluate(batch.observations, batch.actions))
+        values, log_prob, entropy, _ = evaluation
         if entropy is None:  # no closed form: the log-probability of the actions taken stands in, as in SB3
             entropy = -log_prob
         log_ratio = log_prob - batch.old_log_prob
@@ -620,7 +620,7 @@ class SAFE(ResumableAlgorithm):
         if self.kl_estimator != "k1" and trains_policy:  # k1 is in the reward already
             coefficient = self.controller.coefficient(parts["kl"])
             if coefficient > 0:
-                loss = loss + coefficient * self._kl_term(batch, log_prob, log_ratio, latents)
+                loss = loss + coefficient * self._kl_term(batch, evaluation, log_ratio)
         lost = self._lost(batch)
         if lost is not None and trains_policy:  # where the policy is certain, nothing above has a gradient
             log_others = self.policy.log_others(batch.observations, batch.actions, evaluation, lost)
@@ -641,15 +641,13 @@ class SAFE(ResumableAlgorithm):
         lost = th.nonzero(batch.old_log_prob - batch.reference_log_prob > self._max_drift).view(-1)
         return lost if len(lost) > 0 else None
 
-    def _kl_term(
-        self, batch: SafeSamples, log_prob: Tensor, log_ratio: Tensor, latents: Tensor | None = None
-    ) -> Tensor:
+    def _kl_term(self, batch: SafeSamples, evaluation: Evaluation, log_ratio: Tensor) -> Tensor:
         """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
         if batch.reference_log_prob is None:
             return functional.k3(log_ratio)
         if self.kl_estimator == "exact":
-            return self.policy.exact_kl(batch.observations, latents)  # type: ignore[no-any-return]
-        drift = log_prob - batch.reference_log_prob
+            return self.policy.exact_kl(batch.observations, evaluation.latents)  # type: ignore[no-any-return]
+        drift = evaluation.log_prob - batch.reference_log_prob
         return functional.weighted_k3(drift, log_ratio) if self.kl_estimator == "k3" else functional.k2(drift)
 
     def _step(self, scale: float) -> bool:

@@ -141,7 +141,7 @@ def test_probabilities_that_are_nan_are_refused_as_torch_refuses_them():
 
 def gradients(policy: Any, obs: Any, actions: th.Tensor, weights: list[float]) -> list[th.Tensor]:
     """Of a sum that weighs values, log-probabilities and entropies, each action differently."""
-    outputs = policy.evaluate(obs, actions)
+    outputs = policy.evaluate(obs, actions)[:3]
     factors = th.linspace(-1, 2, len(actions))
     parts = [w * (factors * (o.T if o.dim() > 1 else o)).sum() for w, o in zip(weights, outputs, strict=True) if w]
     policy.zero_grad()
@@ -157,7 +157,7 @@ def test_values_log_probabilities_entropies_and_their_gradients_are_those_of_aut
 ):
     fast, general = both(TwinCriticPolicy, VECTOR, action_space, **network)
     obs, actions = observations(number=11), some_actions(action_space, 11)
-    assert_equal(fast.evaluate(obs, actions), general.evaluate(obs, actions))
+    assert_equal(fast.evaluate(obs, actions)[:3], general.evaluate(obs, actions)[:3])
     ours, theirs = (gradients(policy, obs, actions, weights) for policy in (fast, general))
     assert max(float(gradient.abs().max()) for gradient in theirs) > 0.1
     assert_equal(ours, theirs)
@@ -192,7 +192,7 @@ def test_the_gradient_reaches_the_observations():
 
 def test_a_graph_can_be_used_twice_where_it_is_kept():
     policy, _ = both()
-    loss = th.cat([output.flatten() for output in policy.evaluate(observations(), th.zeros(5))]).sum()
+    loss = th.cat([output.flatten() for output in policy.evaluate(observations(), th.zeros(5))[:3]]).sum()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     first = th.autograd.grad(loss, parameters, retain_graph=True)
     assert_equal(first, th.autograd.grad(loss, parameters))
@@ -576,7 +576,7 @@ def test_a_copy_has_parameters_of_its_own(duplicate: Any):
     other = duplicate(policy)
     jolt(policy)
     obs = observations()
-    assert_equal(other.evaluate(obs, th.zeros(5)), general.evaluate(obs, th.zeros(5)))
+    assert_equal(other.evaluate(obs, th.zeros(5))[:3], general.evaluate(obs, th.zeros(5))[:3])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

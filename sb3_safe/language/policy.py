@@ -26,7 +26,7 @@ from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_lan
 from sb3_safe.language.onednn import accelerate, packing
 from sb3_safe.language.slots import PREFILL_ROWS, SlotCache
 from sb3_safe.language.tokens import TokenDistribution, sample
-from sb3_safe.policies import Evaluation, LatentEvaluation, PessimisticCritics
+from sb3_safe.policies import Evaluation, PessimisticCritics
 
 
 class ValueHead(nn.Sequential):
@@ -329,13 +329,11 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         """
         hidden = self._hidden(self.lm, obs)
         log_prob, entropy = self._score(self.lm, hidden, obs, actions)
-        evaluation = LatentEvaluation(self._values(self.heads, hidden), log_prob, entropy)
-        evaluation.latents = hidden
-        return evaluation
+        return Evaluation(self._values(self.heads, hidden), log_prob, entropy, hidden)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's interface: ``(soft-min values [B, 1], log-probabilities [B], entropies [B])``."""
-        values, log_prob, entropy = self.evaluate(obs, actions)
+        values, log_prob, entropy, _ = self.evaluate(obs, actions)
         return self.aggregate(values), log_prob, entropy
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
@@ -414,8 +412,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     def log_others(self, obs: PyTorchObs, actions: Tensor, evaluation: Evaluation, rows: Tensor) -> Tensor:
         """See :meth:`~sb3_safe.policies.PessimisticCritics.log_others`."""
         assert isinstance(obs, dict)
-        latents = getattr(evaluation, "latents", None)
-        hidden = self._hidden(self.lm, obs) if latents is None else latents
+        hidden = self._hidden(self.lm, obs) if evaluation.latents is None else evaluation.latents
         chosen = actions.long().view(-1)[rows]
         return self.distribution.log_others(self.lm, hidden[rows], obs["new_tokens"][rows], chosen)
 

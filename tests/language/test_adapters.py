@@ -142,8 +142,8 @@ def test_the_gradient_of_the_penalty_does_not_care_that_the_reference_is_the_sam
     batch = next(iter(rollout(model).get(1000)))
     policy, obs = model.policy, batch.observations
     parameters = [value for name, value in policy.lm.named_parameters() if "lora_" in name]
-    log_prob = policy.evaluate(obs, batch.actions).log_prob
-    term = model._kl_term(batch, log_prob, log_prob - batch.old_log_prob).mean()
+    evaluation = policy.evaluate(obs, batch.actions)
+    term = model._kl_term(batch, evaluation, evaluation.log_prob - batch.old_log_prob).mean()
     actual = th.autograd.grad(term, parameters)
     with th.no_grad(), policy.adapters.disabled():
         reference = policy.distribution.log_probs(policy.lm, policy._hidden(policy.lm, obs), obs["new_tokens"])
