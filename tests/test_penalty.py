@@ -201,7 +201,7 @@ def test_an_action_the_policy_is_certain_of_and_the_start_was_not_is_unlearned()
     assert beyond < 0.9
 
 
-@pytest.mark.parametrize("log_odds", [18.0, 40.0])
+@pytest.mark.parametrize("log_odds", [25.0, 40.0])
 def test_an_action_is_unlearned_however_certain_the_policy_is(log_odds: float):
     """Also where its probability is 1 in single precision."""
     model = certain(1.0, log_odds)
