@@ -180,7 +180,7 @@ def run_missing(
                 raise
         waiting.append((run, path))
     print(f"{skipped} runs are done, {len(waiting)} to do", flush=True)
-    deadline = time.monotonic() + (time_limit or float("inf"))
+    deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
     running: dict[subprocess.Popen[str], tuple[Run, float]] = {}
     done = failed = 0
     total = len(waiting)
