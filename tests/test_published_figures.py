@@ -94,12 +94,15 @@ def test_what_is_said_of_acrobot_and_mountain_car_under_stress_is_in_the_results
 
     ends, averages = both("lr-x20", "MountainCar-v0", "final"), both("lr-x20", "Acrobot-v1", "average")
     assert (
-        "PPO ends MountainCar at {}, SAFE at {}, and averages {} on Acrobot, SAFE {}.".format(*ends, *averages) in SAID
+        "PPO ends MountainCar at {}, SAFE at {}, and averages {} on Acrobot (one run {}), SAFE {}.".format(
+            *ends, averages[0], f"{CONTROL['lr-x20']['tasks']['Acrobot-v1']['ppo']['average'][1]:.0f}", averages[1]
+        )
+        in SAID
     )
     ends = both("reward-noise", "MountainCar-v0", "final")
-    assert "With reward noise SAFE ends MountainCar lower than PPO, at {1} and {0};".format(*ends) in SAID
+    assert "with reward noise it ends MountainCar a little lower ({1}, PPO {0}).".format(*ends) in SAID
     averages = both("epochs-x4", "Acrobot-v1", "average")
-    assert "learns Acrobot more slowly (average {1}, PPO {0}; one seed).".format(*averages) in SAID
+    assert "learns Acrobot more slowly (average {1}, PPO {0}; two seeds)".format(*averages) in SAID
     for setting in set(pages.STRESS) - {"lr-x20"}:
         assert not CONTROL[setting]["tasks"]["MountainCar-v0"]["ppo"]["crashes"]
         finals = [float(final) for task in ("Acrobot-v1", "MountainCar-v0") for final in both(setting, task, "final")]
@@ -137,8 +140,8 @@ def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
         {name: row["final"] for name, row in rows[task].items()} for task in ("Pendulum-v1", "MountainCar-v0")
     )
     lowest, highest, bound = (*car["safe-no-penalty"][1:], car["only-preview"][0])
-    assert f"SAFE ends at {lowest:.0f} and {highest:.0f}, as PPO does, the bound alone at {bound:.0f};" in SAID
-    assert abs(car["ppo"][0] - car["safe-no-penalty"][0]) < 5
+    assert f"SAFE ends at {lowest:.0f} and {highest:.0f}, like PPO's runs, the bound alone at {bound:.0f};" in SAID
+    assert max(abs(car["ppo"][1] - lowest), abs(car["ppo"][2] - highest)) < 5
     assert min(car["only-penalty"][1], car["only-huber"][1]) > -130
     assert min(pendulum["only-penalty"][0], pendulum["only-preview"][0]) > -350
     assert max(pendulum["only-soft-min"][2], pendulum["only-huber"][2]) < -700
