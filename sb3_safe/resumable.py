@@ -19,10 +19,9 @@ from sb3_safe.files import replacing
 
 
 class ResumableAlgorithm(OnPolicyAlgorithm):
-    """SB3's on-policy algorithm whose files hold all that training goes on with, and of which no error costs anything.
+    """SB3's on-policy algorithm, with files that training can go on from, and a rescue file where an error ends it.
 
-    Besides parameters and optimizer, which SB3 saves, these are the statistics of a ``VecNormalize`` around the
-    environment.
+    Besides what SB3 saves, a file has the statistics of a ``VecNormalize`` around the environment.
     """
 
     policy_kwargs: dict[str, Any]
