@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BufferedIOBase]:
-    """A file to write, which takes its place when all of it is there; until then what was there before stays.
+    """A file to write and read, which takes its place when all of it is there; until then what was there before stays.
 
     Its place, and what is said of it, are those of Stable-Baselines3's ``open_path``: a name without a suffix gets
     ``.zip``, missing folders are made, and beside a folder of that name the file is called ``..._2``. On the way it is
@@ -23,7 +23,7 @@ def replacing(path: str | Path) -> Iterator[BufferedIOBase]:
     target = _target(Path(path))
     partial = Path(f"{target}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("w+b") as file:
             yield file
         if target.exists():
             shutil.copymode(target, partial)

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_safe.callbacks import SAMPLES_FILE, Infos, continue_file, write_json_lines, write_texts
 from sb3_safe.environments import wrap_native
+from sb3_safe.files import replacing
 
 BEST_MODEL_FILE = "best_model.zip"
 # Inside the model's file, where load() passes it over: a model and its reward cannot fall apart.
@@ -157,12 +158,11 @@ class SampleCallback(BaseCallback):
 def save_with_reward(model: BaseAlgorithm, path: Path, mean_reward: float) -> None:
     """Save a model and its mean reward in one file, which replaces what is there only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial.zip")
-    model.save(partial)
     evaluation: Mapping[str, float] = {"timesteps": model.num_timesteps, "mean_reward": mean_reward}
-    with zipfile.ZipFile(partial, "a") as archive:
-        archive.writestr(REWARD_MEMBER, json.dumps(evaluation))
-    partial.replace(path)
+    with replacing(path) as file:
+        model.save(file)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr(REWARD_MEMBER, json.dumps(evaluation))
 
 
 def saved_reward(path: Path) -> float | None:
