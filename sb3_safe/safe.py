@@ -245,6 +245,7 @@ class SAFE(ResumableAlgorithm):
         self._last_good: LastGood | None = None
         self.measured_kl = 0.0
         self._any_lost = False  # in the rollout at hand: known once, so that no minibatch has to ask the device
+        self._minibatch_kl: float | None = None  # of a minibatch in several pieces, which share its coefficient
         self._finished_returns: list[float] = []
         if _init_setup_model:
             self._setup_model()
@@ -550,6 +551,7 @@ class SAFE(ResumableAlgorithm):
         :return: means over all its actions, for the log.
         """
         self.policy.optimizer.zero_grad()
+        self._minibatch_kl = self._measure_kl(pieces) if len(pieces) > 1 and self.kl_estimator != "k1" else None
         # A subclass's own loss is known to nobody else.
         own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
         if len(pieces) == 1 and not own_loss and not self._any_lost:
@@ -613,12 +615,13 @@ class SAFE(ResumableAlgorithm):
                 "approx_kl": update_kl,
                 "clip_fraction": th.expm1(log_ratio).abs() > self._clip,
                 "critic_gap": values.amax(dim=-1) - values.amin(dim=-1),
-                "kl": update_kl if batch.reference_log_prob is None else log_prob - batch.reference_log_prob,
+                "kl": self._kl(batch, log_prob),
             }
             means = th.stack([value.to(loss.dtype) for value in statistics.values()]).mean(dim=1).tolist()
         parts = dict(zip(statistics, means, strict=True))
         if self.kl_estimator != "k1" and trains_policy:  # k1 is in the reward already
-            coefficient = self.controller.coefficient(parts["kl"])
+            kl = parts["kl"] if self._minibatch_kl is None else self._minibatch_kl
+            coefficient = self.controller.coefficient(kl)
             if coefficient > 0:
                 loss = loss + coefficient * self._kl_term(batch, evaluation, log_ratio)
         lost = self._lost(batch)
@@ -628,6 +631,18 @@ class SAFE(ResumableAlgorithm):
         total = loss.mean()
         parts["loss"] = total.item()
         return total, parts
+
+    def _kl(self, batch: SafeSamples, log_prob: Tensor) -> Tensor:
+        """Per action ``[B]``, the KL that the controller goes by, nats."""
+        if batch.reference_log_prob is None:
+            return functional.k3(log_prob - batch.old_log_prob)
+        return log_prob - batch.reference_log_prob
+
+    @th.no_grad()
+    def _measure_kl(self, pieces: list[SafeSamples]) -> float:
+        """The mean of that over a minibatch, which no piece of it knows."""
+        kls = [self._kl(piece, self.policy.evaluate(piece.observations, piece.actions).log_prob) for piece in pieces]
+        return th.cat(kls).mean().item()
 
     @property
     def _max_drift(self) -> float | None:

@@ -20,13 +20,22 @@ def gradient(model: Any, pieces: Any) -> tuple[list[th.Tensor], dict[str, float]
     return [parameter.grad.clone() for parameter in model._trainable()], means
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_pieces_give_the_gradient_of_the_minibatch(normalize: bool, env_kwargs: dict[str, Any]) -> None:
-    """Whatever their sizes: each action counts the same."""
-    model = text_model(
-        env_kwargs, n_steps=40, batch_size=120, normalize_advantage=normalize, kl_controller="fixed", ent_coef=0.01,
-        learning_rate=1e-2,
-    )  # fmt: skip
+STEEP = {"kl_controller": "safe", "kl_controller_kwargs": {"tau_base": 0.001, "coef": 5.0}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kl_controller": "fixed", "normalize_advantage": True},
+        {"kl_controller": "fixed", "normalize_advantage": False},
+        {"kl_estimator": "k2"} | STEEP,
+        {"kl_estimator": "exact"} | STEEP,
+    ],
+    ids=["normalized", "as-they-are", "penalty", "exact-penalty"],
+)
+def test_pieces_give_the_gradient_of_the_minibatch(arguments: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
+    """Whatever their sizes: each action counts the same, and all have one coefficient of the penalty."""
+    model = text_model(env_kwargs, n_steps=40, batch_size=120, ent_coef=0.01, learning_rate=1e-2, **arguments)
     model.learn(240)
     buffer = rollout(model)
     model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
