@@ -754,6 +754,11 @@ class SAFE(ResumableAlgorithm):
 
     # -- log and files ---------------------------------------------------------------------------------------------
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go beyond the budget. A schedule that falls to 0 would go below it, and the loss uphill.
+        self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
         # SB3 writes one rate into every group; a group may ask for a multiple of it.

@@ -153,6 +153,20 @@ def test_every_setting_trains(kwargs: dict[str, Any]):
     learn(**kwargs)
 
 
+def test_a_schedule_ends_at_no_progress_though_the_last_rollout_goes_beyond_the_budget():
+    seen: list[float] = []
+
+    def falling(progress: float) -> float:
+        seen.append(progress)
+        return 1e-3 * progress
+
+    model = SAFE("MlpPolicy", "CartPole-v1", learning_rate=falling, clip_range=falling, **SMALL)
+    model.learn(40)
+    assert model.num_timesteps == 64
+    assert min(seen) == 0.0
+    assert model.policy.optimizer.param_groups[0]["lr"] == model._clip == 0.0
+
+
 def test_clipping_holds_every_critic_near_its_own_old_value():
     model = learn(clip_range_vf=0.2, policy_kwargs={"soft_min_alpha": float("inf")})
     batch = next(model.rollout_buffer.in_order(8))
