@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -97,6 +98,26 @@ def check_policy(env: VecEnv, policy: str) -> None:
     named = _metadata(env).get("policy", policy)
     if policy != named:
         raise ValueError(f"policy={policy!r} does not fit this environment, which is made for policy={named!r}")
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse spaces that count from another number than 0: a policy sends actions from 0 on, whatever the space says.
+
+    SB3 encodes observations by their number from 0, and some of such a space would have no place.
+
+    :param observation_space: of a ``Dict`` every key is looked at.
+    :param action_space: of one environment.
+    :raises ValueError: the space is named, with the wrapper that helps.
+    """
+    inner = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
+    named = {"action_space": action_space, "observation_space": observation_space}
+    named |= {f"observation_space[{key!r}]": space for key, space in inner.items()}
+    for name, space in named.items():
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and np.any(space.start):
+            wrapper = "TransformAction to add" if name == "action_space" else "TransformObservation to subtract"
+            raise ValueError(
+                f"{name}={space} does not start at 0: wrap the environment in gymnasium.wrappers.{wrapper} the start"
+            )
 
 
 def advertised_policy_kwargs(env: VecEnv, policy: str | None = None) -> dict[str, Any]:

@@ -335,6 +335,7 @@ class SAFE(ResumableAlgorithm):
         """
         vars(self).update(arguments.checked(vars(self), arguments.CONSTRUCTOR))
         arguments.checked(self.policy_kwargs, arguments.POLICY)
+        environments.check_spaces(self.observation_space, self.action_space)
         self._check_policy()
         buffer = self.rollout_buffer_class
         if buffer is not None and not (isinstance(buffer, type) and issubclass(buffer, AnnotatedRollout)):

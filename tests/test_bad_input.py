@@ -225,6 +225,30 @@ def test_actions_that_cannot_be_drawn_are_refused():
         SAFE("MlpPolicy", Strange(), **SMALL)
 
 
+@pytest.mark.parametrize("start", [1, -1])
+@pytest.mark.parametrize("of_many", [False, True])
+@pytest.mark.parametrize("name", ["action_space", "observation_space", "observation_space['sign']"])
+def test_a_space_that_does_not_start_at_0_is_named_with_the_wrapper_that_helps(name: str, of_many: bool, start: int):
+    space: gym.Space[Any] = gym.spaces.Discrete(3, start=start)
+    if of_many:
+        space = gym.spaces.MultiDiscrete([3, 3], start=[0, start])
+    env = TinyEnv()
+    if name == "action_space":
+        env.action_space = space
+    else:
+        env.observation_space = space if name == "observation_space" else gym.spaces.Dict({"sign": space})
+    with pytest.raises(ValueError, match=re.escape(f"{name}={space}")) as caught:
+        SAFE("auto", env, **SMALL)
+    assert ("TransformAction" if name == "action_space" else "TransformObservation") in str(caught.value)
+
+
+def test_the_wrapper_that_is_named_helps():
+    env = TinyEnv()
+    env.action_space = gym.spaces.Discrete(3, start=1)
+    wrapped: gym.Env[Any, Any] = gym.wrappers.TransformAction(env, lambda action: action + 1, gym.spaces.Discrete(3))
+    SAFE("auto", wrapped, **SMALL).learn(32)
+
+
 # -- values that are not finite, in the middle of training ----------------------------------------------------------
 
 
