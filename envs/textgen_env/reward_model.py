@@ -69,7 +69,9 @@ class RewardModel:
         self._batch_size = batch_size
         self._column = column
         config = model.config.get_text_config()
-        self._pad_id: int | None = config.pad_token_id
+        # Outside the vocabulary it means none: there are models of Llama's kind with -1.
+        in_vocabulary = config.pad_token_id in range(getattr(config, "vocab_size", sys.maxsize))
+        self._pad_id: int | None = config.pad_token_id if in_vocabulary else None
         self._context = _positions(model, config)
         self._has_cut = False
         # A wrong kind of model should fail now, not after a rollout.

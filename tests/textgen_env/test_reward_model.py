@@ -126,8 +126,13 @@ def test_checkpoints_in_shards_score_as_the_classifier_does_whatever_the_policys
             assert rewards[row] == pytest.approx(model.model(input_ids=ids).logits.item(), abs=1e-5)
 
 
-def test_without_a_pad_token_a_text_is_scored_at_its_last_token_whatever_that_is(tokenizer: Any) -> None:
-    model = RewardModel(tiny_classifier(), tokenizer)  # its configuration has none
+@pytest.mark.parametrize("pad_id", [None, -1, 1024])
+def test_without_a_pad_token_of_the_vocabulary_a_text_is_scored_at_its_last_token_whatever_that_is(
+    tokenizer: Any, pad_id: int | None
+) -> None:
+    classifier = tiny_classifier()
+    classifier.config.pad_token_id = pad_id
+    model = RewardModel(classifier, tokenizer)
     texts = [[5, 6, 0], [7, 1], [8, 9, 10, 2]]
     expected = []
     for text in texts:
