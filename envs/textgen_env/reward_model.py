@@ -21,10 +21,11 @@ from textgen_env.transcripts import conversation, is_transcript
 class RewardModel:
     """A sequence classifier, as a reward function.
 
-    It sees what it was trained on. Chat messages, and transcripts in the form of Anthropic's HH data, go through the
-    chat template of its own tokenizer. Any other string prompt and its completion are joined and tokenised as ONE
-    string; so are transcripts where the tokenizer has no chat template. Batches are sorted by length, padded on the
-    right and masked, so a text's score does not depend on its company (to 1e-5 in single precision).
+    Chat messages, and transcripts in the form of Anthropic's HH data, go through the chat template of its own
+    tokenizer. Any other string prompt and its completion are joined and tokenised as ONE string; so are transcripts
+    where the tokenizer has no chat template. After those there is an end token only where the tokenizer puts one
+    (`add_eos_token`). Batches are sorted by length, padded on the right and masked, so a text's score does not depend
+    on its company (to 1e-5 in single precision).
 
     Prompts are checked to leave room for a completion, whose length is counted in the policy's tokens. A text that is
     longer all the same, as another tokenizer may make more tokens of it, loses the oldest of its tokens, and there is a

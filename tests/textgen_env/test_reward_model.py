@@ -14,6 +14,7 @@ from textgen_env.rewards import make_reward
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     MPNetConfig,
     Qwen2Config,
@@ -188,6 +189,17 @@ def test_other_strings_and_readers_without_a_template_get_the_joined_text(llama:
 
 
 # -- several outputs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_token_comes_after_joined_texts_where_the_tokenizer_puts_it_and_chats_are_their_templates(
+    llama: str,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama, add_bos_token=True, add_eos_token=True)
+    plain, ending = RewardModel(llama), RewardModel(llama, tokenizer)
+    joined = seen_text(plain, QUESTION, " a cat")
+    assert joined.startswith(tokenizer.bos_token)
+    assert seen_text(ending, QUESTION, " a cat") == joined + tokenizer.eos_token
+    assert seen_text(ending, CHAT, GOOD) == seen_text(plain, CHAT, GOOD)
 
 
 def test_several_logits_need_a_score_field_or_a_column(tokenizer: Any) -> None:
