@@ -8,8 +8,12 @@ from typing import Any
 
 
 def as_name(source: Any) -> Any:
-    """A path as the string of it; anything else as it is."""
-    return os.fspath(source) if isinstance(source, os.PathLike) else source
+    """A path as the string of it, and a folder that there is by its absolute path; anything else as it is.
+
+    A name is kept in files of models, which are loaded from other working directories.
+    """
+    name = os.fspath(source) if isinstance(source, os.PathLike) else source
+    return os.path.abspath(name) if isinstance(name, str) and os.path.isdir(name) else name
 
 
 def resolve(name: str) -> str:

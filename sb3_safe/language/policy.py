@@ -14,6 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
+from textgen_env.resolve import as_name
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,7 +48,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
 
     The heads read the hidden state of each position BEFORE its action. Their gradient stops there by default.
 
-    :param model: name, folder or ``package:folder`` of the model.
+    :param model: name, folder or ``package:folder`` of the model. A folder is kept by its absolute path.
     :param eos_token_id: the end token, or several; only needed with ``min_new_tokens``.
     :param min_new_tokens: end tokens have probability 0 before so many tokens were written.
     :param temperature: divides all logits, in rollout, training and reference alike.
@@ -108,6 +109,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         )
         _check_observations(observation_space)
         _check(model, critic_gradient, critic_rate, critic_max_grad_norm, use_sde)
+        model = as_name(model)
         assert model is not None
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -175,13 +177,15 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     def check_algorithm(cls, algorithm: Any) -> None:
         """Refuse other observations than texts as they are, and a model that a run with it would not fit in memory.
 
-        :param algorithm: what will build the policy.
+        :param algorithm: what will build the policy; a folder in its arguments becomes absolute, since they are saved.
         :raises ValueError: the message names the arguments to change; see :mod:`sb3_safe.language.plan`.
         """
         _check_observations(algorithm.observation_space)
         normalizer = algorithm.get_vec_normalize_env()
         if normalizer is not None and normalizer.norm_obs:
             raise ValueError("env: VecNormalize would normalise token ids; make it with norm_obs=False")
+        if "model" in algorithm.policy_kwargs:
+            algorithm.policy_kwargs = algorithm.policy_kwargs | {"model": as_name(algorithm.policy_kwargs["model"])}
         model, kwargs = algorithm.policy_kwargs.get("model"), algorithm.policy_kwargs.get("model_kwargs") or {}
         # A small model fits, and one with a device map is not on one device.
         if model is not None and "device_map" not in kwargs and model_size(model, **kwargs) >= LORA_FROM:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from sb3_safe import SAFE
+from sb3_safe.language import LanguagePolicy
 from sb3_safe.language import adapters as adapters_module
 
 from .conftest import VOCAB_SIZE, make_config, make_tokenizer
@@ -213,6 +214,23 @@ def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict
         )
     finally:
         elsewhere.rename(env_kwargs["model"])
+
+
+@pytest.mark.parametrize("by", ["env", "policy"])
+def test_a_folder_is_loaded_from_any_working_directory(
+    env_kwargs: dict[str, Any], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(env_kwargs["model"])
+    (tmp_path / folder.name).mkdir()  # where the model is loaded from, the name means another folder
+    monkeypatch.chdir(folder.parent)
+    named = {"model": folder.name}
+    model = adapted(env_kwargs | named) if by == "env" else adapted(env_kwargs, policy_kwargs=named)
+    assert model.policy_kwargs["model"] == model.policy._get_constructor_parameters()["model"] == str(folder)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    monkeypatch.chdir(tmp_path)
+    assert SAFE.load(tmp_path / "model", device="cpu").policy.lm.config.name_or_path == str(folder)
+    LanguagePolicy.load(tmp_path / "policy", device="cpu")
 
 
 def greedy(model: SAFE, ids: list[int], n: int) -> list[int]:
