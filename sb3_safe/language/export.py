@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from textgen_env.loading import blaming, load_tokenizer
+from textgen_env.resolve import resolve
 
 from sb3_safe.language.adapters import Adapters
 from sb3_safe.language.loading import find_model, load_language_model
@@ -28,8 +29,13 @@ def export(
     :param merged: write the whole model with the adapters in its weights, not the adapters alone.
     :param tokenizer: a tokenizer, its name, or ``None`` for the model's own.
     :raises ValueError: there is no tokenizer, or it is another model's, or the model's folder is gone and something of
-        it is needed. Nothing has been written then.
+        it is needed, or adapters would be written into it. Nothing has been written then.
     """
+    if adapters is not None and Path(directory).resolve() == Path(resolve(model)).resolve():
+        raise ValueError(
+            f"directory={str(directory)!r} has the model that the adapters are for, and saved runs must find it as it "
+            "was: export to another folder"
+        )
     if tokenizer is None or (adapters is not None and merged):
         with blaming("model", model):
             find_model(model)

@@ -249,7 +249,8 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         :param directory: gets the adapters, or without adapters the model, and the tokenizer.
         :param merged: write the whole model with the adapters in its weights.
         :param tokenizer: the one that the environment was given, or its name; ``None``: the model's own.
-        :raises ValueError: there is no tokenizer, or it is another model's.
+        :raises ValueError: there is no tokenizer, or it is another model's, or adapters would be written into the
+            folder that the model was loaded from.
         """
         model, model_kwargs = self._arguments["model"], dict(self._arguments["model_kwargs"] or {})
         export(self.lm, self.adapters, model, model_kwargs, directory, merged, tokenizer)

@@ -216,6 +216,18 @@ def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict
         elsewhere.rename(env_kwargs["model"])
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_are_not_written_into_the_folder_from_which_saved_runs_load_the_model(
+    env_kwargs: dict[str, Any], merged: bool
+) -> None:
+    folder = Path(env_kwargs["model"])
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    model = adapted(env_kwargs)
+    with pytest.raises(ValueError, match=r"has the model that the adapters are for.*another folder"):
+        model.policy.export(folder / ".." / folder.name, merged=merged)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("by", ["env", "policy"])
 def test_a_folder_is_loaded_from_any_working_directory(
     env_kwargs: dict[str, Any], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
