@@ -6,7 +6,6 @@ which PyTorch ships as well, uses them.
 
 import functools
 import platform
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +56,8 @@ def accelerate(module: nn.Module) -> None:
     if is_faster():
         for layer in module.modules():
             if type(layer) is nn.Linear:
-                layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+                # Not a method, which pickle would look for in the layer.
+                layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def packing(module: nn.Module) -> Iterator[None]:
 
     :param module: accelerated by :func:`accelerate`; other layers are left as they are.
     """
-    layers = [layer for layer in module.modules() if getattr(layer.forward, "__func__", None) is _forward]
+    layers = [layer for layer in module.modules() if getattr(layer.forward, "func", None) is _forward]
     _packed.update(dict.fromkeys(layers))
     try:
         yield

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -60,10 +61,15 @@ def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(one.detach(), other.detach(), atol=1e-5)
 
 
-def test_a_copy_computes_with_its_own_weights() -> None:
+def pickled(module: Any) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_computes_with_its_own_weights(copied: Callable[[nn.Linear], nn.Linear]) -> None:
     layer = nn.Linear(4, 4)
     onednn.accelerate(layer)
-    twin = copy.deepcopy(layer)
+    twin = copied(layer)
     with th.no_grad():
         layer.weight.zero_()
     x = th.randn(2, 4)
@@ -80,6 +86,14 @@ def test_other_precisions_and_frozen_weights_are_left_to_pytorch() -> None:
     layer.requires_grad_(False)
     assert not layer(x).requires_grad
     assert layer.double()(x.double()).dtype == th.float64
+
+
+@pytest.mark.parametrize("lora", [False, {"r": 4}])
+def test_a_policy_can_be_pickled(env_kwargs: dict[str, Any], lora: Any) -> None:
+    model = text_model(env_kwargs, policy_kwargs={"lora": lora})
+    obs = model.env.reset()
+    expected = model.policy.predict(obs, deterministic=True)[0]
+    np.testing.assert_array_equal(pickled(model.policy).predict(obs, deterministic=True)[0], expected)
 
 
 def test_the_names_of_parameters_stay() -> None:
