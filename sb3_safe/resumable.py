@@ -86,9 +86,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         seed that has taken steps goes on with ``seed + num_timesteps``, and so with random numbers that depend on the
         file alone and are not those that it began with.
 
-        :param path: what ``save`` was given.
+        :param path: what ``save`` was given; beside a folder of that name, the file with ``.zip``, as for ``save``.
         :param env: the environment to go on with; ``None`` to predict only.
         """
+        if isinstance(path, str | Path) and Path(path).is_dir() and (file := Path(f"{path}.zip")).is_file():
+            path = file
         model = super().load(path, env, *args, **kwargs)
         model._place_normalizer()
         model._compare_advertised()

@@ -324,6 +324,16 @@ class Counting(KLController):
         assert math.isfinite(kl)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_is_loaded_beside_a_folder_of_its_name(tmp_path: Path, kind: Any):
+    """Such as an exported model's."""
+    path = kind(tmp_path / "tuned")
+    model = trained()
+    model.save(path)
+    Path(path).mkdir()
+    assert_same_state(model.policy.state_dict(), SAFE.load(path).policy.state_dict())
+
+
 def test_a_stream_will_do_for_a_file():
     model, stream = trained(), io.BytesIO()
     model.save(stream)
