@@ -391,11 +391,13 @@ class SAFE(ResumableAlgorithm):
         :param tb_log_name: name of the run in TensorBoard.
         :param reset_num_timesteps: whether to count from 0 (else training goes on).
         :param progress_bar: shows one (needs the extra ``progress``).
-        :raises ValueError: ``total_timesteps`` or ``log_interval`` does not fit.
+        :raises ValueError: ``total_timesteps`` or ``log_interval`` does not fit, or there is no environment.
         :raises NonFiniteError: a reward, loss or gradient is NaN or infinite. What was learned up to then is in the
             model, and saved at the path that a note to the error names; so it is when an environment, a reward
             function or a callback raises anything else.
         """
+        if self.env is None:
+            raise ValueError("there is no environment to learn in: load(path, env=...), or set_env(env)")
         if total_timesteps is None:
             total_timesteps = self.n_timesteps or self._recommended_timesteps()
         given = {"total_timesteps": total_timesteps, "log_interval": log_interval}

@@ -324,6 +324,16 @@ class Counting(KLController):
         assert math.isfinite(kl)
 
 
+@pytest.mark.parametrize("steps", [64, None])
+def test_a_model_without_environment_says_how_to_give_it_one(tmp_path: Path, steps: int | None):
+    trained().save(tmp_path / "model")
+    model = SAFE.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no environment.*load\(path, env=\.\.\.\).*set_env"):
+        model.learn(steps)
+    model.set_env(make_vec_env("CartPole-v1"))
+    model.learn(32)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_file_is_loaded_beside_a_folder_of_its_name(tmp_path: Path, kind: Any):
     """Such as an exported model's."""
