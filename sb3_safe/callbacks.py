@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
@@ -29,6 +29,14 @@ TRAINING_LOG = {
 LOGGED = ("crashes", "dispersion", "dispersion_net", "kl_spikes", "entropy_floor_hits")
 
 Infos = Sequence[Mapping[str, Any]]
+
+
+class FunctionCallback(ConvertCallback):
+    """A function as a callback. ``False`` ends training, and nothing returned does not, as it would in SB3."""
+
+    def _on_step(self) -> bool:
+        returned: bool | None = super()._on_step()
+        return returned is None or returned
 
 
 class ProgressCallback(ProgressBarCallback):

@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sb3_safe import arguments, environments, functional
 from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
-from sb3_safe.callbacks import ProgressCallback
+from sb3_safe.callbacks import FunctionCallback, ProgressCallback
 from sb3_safe.controller import KLController, SafeController, make_controller, rollout_threshold
 from sb3_safe.fast_loss import Objective
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
@@ -386,7 +386,7 @@ class SAFE(ResumableAlgorithm):
 
         :param total_timesteps: a lower bound on the number of actions; ``None``: the environment's recommended
             budget (its preset's, else that of all presets).
-        :param callback: called at every step.
+        :param callback: called at every step; a function ends training by ``False``.
         :param log_interval: rollouts between two log lines; ``None``: no log.
         :param tb_log_name: name of the run in TensorBoard.
         :param reset_num_timesteps: whether to count from 0 (else training goes on).
@@ -418,9 +418,10 @@ class SAFE(ResumableAlgorithm):
             raise
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if not isinstance(callback, BaseCallback | list):
+            callback = FunctionCallback(callback)
         if progress_bar:  # one that shows more than SB3's
-            given = callback if isinstance(callback, BaseCallback | list) else ConvertCallback(callback)
-            callback = [*(given if isinstance(given, list) else [given]), ProgressCallback()]
+            callback = [*(callback if isinstance(callback, list) else [callback]), ProgressCallback()]
         return super()._init_callback(callback)
 
     def _recommended_timesteps(self) -> int:

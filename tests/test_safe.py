@@ -257,6 +257,15 @@ def test_checkpoints_are_written_and_load(tmp_path: Path):
     assert [SAFE.load(file).num_timesteps for file in files] == [40, 80]
 
 
+@pytest.mark.parametrize("progress_bar", [False, True])
+@pytest.mark.filterwarnings("ignore:rich is experimental")
+def test_a_function_as_a_callback_stops_training_by_false_and_not_by_returning_nothing(progress_bar: bool):
+    for returned, steps in ((None, 64), (True, 64), (False, 1), (np.bool_(False), 1)):
+        model = SAFE("MlpPolicy", "CartPole-v1", **SMALL)
+        model.learn(64, callback=lambda *_, value=returned: value, progress_bar=progress_bar)
+        assert model.num_timesteps == steps
+
+
 def test_a_callback_can_stop_training():
     model = SAFE("MlpPolicy", "Tiny-vector-discrete-v0", **SMALL)
     model.learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
