@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch as th
+import transformers
 from torch import Tensor, nn
 
 from sb3_safe.language.loading import model_size
@@ -47,6 +48,7 @@ class Adapters:
 
     def __init__(self, lm: Any, arguments: Mapping[str, Any]) -> None:
         try:
+            import peft
             from peft import LoraConfig
             from peft.tuners.lora import Embedding, Linear, LoraLayer
         except ImportError as error:
@@ -65,7 +67,8 @@ class Adapters:
         try:
             lm.add_adapter(LoraConfig(**settings))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"lora={dict(arguments)} does not fit the model: {error}") from error
+            versions = f"PEFT {peft.__version__}, transformers {transformers.__version__}"  # may not fit each other
+            raise ValueError(f"lora={dict(arguments)} does not fit the model ({versions}): {error}") from error
         self._lm = lm
         layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, LoraLayer)}
         if special := [name for name, layer in layers.items() if type(layer) not in (Linear, Embedding)]:

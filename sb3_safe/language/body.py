@@ -1,10 +1,11 @@
 """Running a causal language model: hidden states, logits, and whether its architecture can be run so."""
 
+import functools
 import inspect
 from typing import Any
 
 import torch as th
-from torch import Tensor
+from torch import Tensor, nn
 
 from sb3_safe.language.slots import SlotCache, additive
 
@@ -36,11 +37,18 @@ def hidden_states(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=slots,
         use_cache=slots is not None,
+        **{_cache_name(lm.base_model.__class__): slots},
     )
     # On a GPU autocast makes the last norm's output float32 where that is an nn.LayerNorm, as of GPT-2 and NeoX.
     return output.last_hidden_state.to(lm.get_output_embeddings().weight.dtype)  # type: ignore[no-any-return]
+
+
+@functools.cache  # asked for at every token
+def _cache_name(architecture: type[nn.Module]) -> str:
+    """What a forward pass calls the keys and values it is given: transformers 5.24 has renamed them in its models."""
+    accepted = inspect.signature(architecture.forward).parameters
+    return "past_key_values" if "past_key_values" in accepted else "cache"
 
 
 def next_logits(lm: Any, hidden: Tensor) -> Tensor:
@@ -77,7 +85,7 @@ def check_architecture(lm: Any, model: str) -> None:
     kind = f"model={model!r} ({type(lm).__name__}) is not supported"
     advice = "choose a transformer such as Qwen, Llama, Gemma, Mistral or GPT-2"
     accepted = inspect.signature(lm.base_model.forward).parameters
-    missing = {"past_key_values", "position_ids", "use_cache"} - accepted.keys()
+    missing = {_cache_name(lm.base_model.__class__), "position_ids", "use_cache"} - accepted.keys()
     layers = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
     if getattr(lm, "_is_stateful", False) or missing or layers - {"full_attention", "sliding_attention", "global"}:
         raise ValueError(

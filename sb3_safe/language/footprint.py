@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_safe.language.adapters import Adapters
+from sb3_safe.language.body import hidden_states
 from sb3_safe.language.loading import checkpoint_layers
 from sb3_safe.language.policy import ValueHead
 from sb3_safe.language.slots import PREFILL_ROWS, SlotCache
@@ -137,12 +138,7 @@ def prefill_bytes(policy: Blueprint, n_layers: int, rows: int, capacity: int) ->
     with fake(model), memory, th.no_grad():
         slots = SlotCache(model.config.get_text_config(), rows, capacity, th.device("cpu"))
         slots.begin_prefill(th.arange(together))
-        model.base_model(
-            input_ids=th.zeros(together, width, dtype=th.long),
-            position_ids=_positions(together, width),
-            past_key_values=slots,
-            use_cache=True,
-        )
+        hidden_states(model, th.zeros(together, width, dtype=th.long), None, slots)
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in slots.layers)
     return kept, memory.peak - kept
 

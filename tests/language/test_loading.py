@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
-    FalconConfig,
     GPT2Config,
     GPTNeoConfig,
     GptOssConfig,
@@ -20,8 +19,10 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    Qwen2Model,
 )
 
+from sb3_safe.language.body import check_architecture
 from sb3_safe.language.loading import checkpoint_layers, default_dtype, load_language_model, model_size
 
 from .conftest import make_config
@@ -95,11 +96,10 @@ def test_an_architecture_that_writes_otherwise_is_refused(config: Any, tmp_path:
 @pytest.mark.parametrize(
     "config",
     [
-        # The first three do not see where positions begin anew: what is behind in a row would read what is before.
+        # The first two do not see where positions begin anew: what is behind in a row would read what is before. Nor
+        # does Falcon before transformers 5.24.
         OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=2,
                   num_attention_heads=2, init_std=0.2),
-        FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                     initializer_range=0.2),
         GptOssConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
                      num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
                      initializer_range=0.2),
@@ -133,6 +133,36 @@ def test_mixtures_of_experts_go_through(config: Any, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     for dtype in (th.float32, th.bfloat16):
         assert load_language_model(str(tmp_path), dtype=dtype).dtype == dtype
+
+
+class Before(Qwen2Model):
+    def forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        use_cache: bool,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+
+class Since(Qwen2Model):
+    def forward(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, use_cache: bool, cache: Any = None, **_: Any
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, position_ids, cache, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("body", [Before, Since])
+def test_keys_and_values_go_by_either_name_that_models_have_for_them(
+    body: type[Qwen2Model], checkpoints: dict[str, str]
+) -> None:
+    """Transformers 5.24 renames them in its models; code that comes with a model has the name it was written with."""
+    lm = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"]).eval()
+    lm.model.__class__ = body
+    check_architecture(lm, "mine")
 
 
 def test_attention_that_takes_no_masks_is_refused(checkpoints: dict[str, str]) -> None:
