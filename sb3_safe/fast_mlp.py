@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from threadpoolctl import LibController, ThreadpoolController
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
@@ -129,7 +128,7 @@ class FastMlp:
         return th.from_numpy(actions), th.from_numpy(soft_min(values, temperature)[:, None]), th.from_numpy(log_prob)
 
     def evaluate(self, features: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(values [B, K], log-probabilities [B], entropies [B])``, differentiable once.
+        """``(values [B, K], log-probabilities [B], entropies [B])``.
 
         :param features: ``[B, f]``
         :param actions: ``[B, ...]``
@@ -174,6 +173,23 @@ class FastMlp:
         output = np.matmul(actor_weight, latents[0].T)
         output += actor_bias[:, None]
         return values[..., 0], output, log_std[0][:, None] if log_std else None
+
+    def _evaluate_tensors(self, features: Tensor, actions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`evaluate` computes, in torch: slower, but its gradient has a gradient."""
+        latents = features.expand(len(parameters[0]), *features.shape)
+        for weight, bias in zip(parameters[: self.depth], parameters[self.depth : 2 * self.depth], strict=True):
+            latents = self.activation()(th.baddbmm(bias, latents, weight))
+        critic_weight, critic_bias, actor_weight, actor_bias, *log_std = parameters[2 * self.depth :]
+        values = th.baddbmm(critic_bias, latents[1:], critic_weight)[..., 0].T
+        output = nn.functional.linear(latents[0], actor_weight, actor_bias)
+        if not log_std:
+            log_probs = th.log_softmax(output, dim=-1)
+            taken = log_probs.gather(-1, actions.long().reshape(-1, 1))
+            return values, taken[:, 0], -(log_probs.exp() * log_probs).sum(dim=-1)
+        deviation = (actions - output) * th.exp(-log_std[0])
+        log_density = -0.5 * deviation.square() - log_std[0] - 0.5 * math.log(2 * math.pi)
+        entropy = (log_std[0] + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return values, log_density.sum(dim=-1), entropy.expand(len(output))
 
     def _evaluate(
         self, features: Array, actions: NDArray[Any], arrays: list[Array]
@@ -268,18 +284,20 @@ class _Evaluation(th.autograd.Function):
         arrays = [parameter.numpy() for parameter in parameters]
         (values, log_prob, entropy), ctx.gradient = mlp._evaluate(features.numpy(), actions.numpy(), arrays)
         ctx.parameters, ctx.versions, ctx.shape = parameters, [p._version for p in parameters], values.shape
+        ctx.mlp = mlp
+        ctx.save_for_backward(features, actions)
         ctx.set_materialize_grads(False)
         return th.from_numpy(values.T), th.from_numpy(log_prob), th.from_numpy(entropy)
 
     @staticmethod
-    @once_differentiable
     @on_one_thread
     @np.errstate(all="ignore")
-    def backward(
-        ctx: Any, d_values: Tensor | None, d_log_prob: Tensor | None, d_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.versions != [parameter._version for parameter in ctx.parameters]:
             raise RuntimeError("parameters were changed between the evaluation of actions and its gradient")
+        if th.is_grad_enabled():  # the gradient is to have one itself
+            return _differentiable_gradient(ctx, slopes)
+        d_values, d_log_prob, d_entropy = slopes
         d_features, *d_parameters = ctx.gradient(
             np.zeros(ctx.shape, np.float32) if d_values is None else d_values.numpy().T,
             np.zeros(ctx.shape[1], np.float32) if d_log_prob is None else d_log_prob.numpy(),
@@ -288,6 +306,21 @@ class _Evaluation(th.autograd.Function):
         )
         of_features = None if d_features is None else th.from_numpy(d_features)
         return None, of_features, None, *map(th.from_numpy, d_parameters)
+
+
+def _differentiable_gradient(ctx: Any, slopes: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """As :meth:`_Evaluation.backward`, with a graph, which arrays do not have."""
+    features, actions = ctx.saved_tensors
+    # Features and slopes may depend on the parameters. vjp, unlike autograd.grad, takes the partial derivatives.
+    outputs, gradient = th.func.vjp(  # type: ignore[misc]
+        lambda features, *parameters: ctx.mlp._evaluate_tensors(features, actions, *parameters),
+        features,
+        *ctx.parameters,
+    )
+    of_features, *of_parameters = gradient(
+        tuple(th.zeros_like(o) if slope is None else slope for o, slope in zip(outputs, slopes, strict=True))
+    )
+    return None, of_features, None, *of_parameters
 
 
 def soft_min(values: Array, temperature: float) -> Array:

@@ -190,6 +190,39 @@ def test_the_gradient_reaches_the_observations():
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("wanted", ["everything", "observations", "head"])
+@pytest.mark.parametrize("power", [1, 2])  # with 1 nothing that comes in has a gradient itself
+@EITHER_ACTIONS
+def test_the_gradient_of_a_gradient_is_that_of_autograd(action_space: spaces.Space[Any], power: int, wanted: str):
+    actions, results = some_actions(action_space, 5), []
+    for policy in both(TwinCriticPolicy, VECTOR, action_space):
+        obs = observations().requires_grad_(wanted != "head")
+        policy.requires_grad_(wanted == "everything")
+        policy.action_net.requires_grad_(wanted != "observations")
+        values, log_prob, entropy = policy.evaluate(obs, actions)[:3]
+        outputs = log_prob if wanted == "head" else th.cat([values.flatten(), log_prob, entropy])
+        penalised = [tensor for tensor in (obs, *policy.parameters()) if tensor.requires_grad]
+        first = th.autograd.grad((outputs**power).sum(), penalised, create_graph=True, materialize_grads=True)
+        penalty = th.cat([gradient.flatten() for gradient in first]).square().sum()
+        second = th.autograd.grad(penalty, penalised, materialize_grads=True)
+        assert max(float(gradient.abs().max()) for gradient in second) > 0.1
+        results.append([*first, *second])
+    assert_equal(*results)
+
+
+def test_the_gradient_of_a_gradient_knows_that_observations_may_depend_on_the_policy():
+    results = []
+    for policy in both():
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        obs = observations()
+        obs = obs + policy.evaluate(obs, th.zeros(5)).log_prob[:, None]  # as where a model predicts the next ones
+        loss = policy.evaluate(obs, th.zeros(5)).log_prob.sum()
+        first = th.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        penalty = th.cat([gradient.flatten() for gradient in first]).square().sum()
+        results.append([*first, *th.autograd.grad(penalty, parameters, materialize_grads=True)])
+    assert_equal(*results)
+
+
 def test_a_graph_can_be_used_twice_where_it_is_kept():
     policy, _ = both()
     loss = th.cat([output.flatten() for output in policy.evaluate(observations(), th.zeros(5))[:3]]).sum()
