@@ -8,11 +8,13 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BENCH_OUT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 INSTALLED = $(VENV)/.installed-
+OUT = $(addprefix --out ,$(BENCH_OUT))
 
 .PHONY: help demo test test-slow test-lowest docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
 
@@ -23,9 +25,10 @@ help:
 	@echo "make test-lowest   the tests on the oldest versions that pyproject.toml allows"
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
-	@echo "make bench-control   SAFE against PPO on control tasks: days; goes on where it was stopped (BENCH_ARGS=\"--seeds 1\")"
-	@echo "make bench-rlhf   SAFE against PPO on language: days; goes on where it was stopped"
-	@echo "make bench-rlhf-quick   the same at the highest rates, one seed: a quarter of an hour"
+	@echo "make bench-control   SAFE against PPO on control tasks: the runs that have no result yet (BENCH_ARGS=\"--seeds 1\")"
+	@echo "make bench-rlhf   SAFE against PPO on language: the runs that have no result yet"
+	@echo "make bench-control BENCH_OUT=runs/control, make bench-rlhf BENCH_OUT=runs/rlhf   all runs, in a folder of their own: days"
+	@echo "make bench-rlhf-quick   language at 3 and 10 times the rate, one seed, in runs/rlhf-quick: a quarter of an hour"
 	@echo "make clean      remove the environments and what was built"
 
 demo: $(INSTALLED)demo
@@ -57,28 +60,32 @@ bench-language: $(INSTALLED)bench
 	$(BIN)/python benchmarks/language.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/pages.py
 
+# Runs that have a result are skipped, the published ones too. With BENCH_OUT, a folder, all are made and reported there;
+# the pages keep the published figures.
 bench-control: $(INSTALLED)bench
-	$(BIN)/python benchmarks/control.py run --suite tuned $(BENCH_ARGS)
-	$(BIN)/python benchmarks/control.py run --suite stress $(BENCH_ARGS)
-	$(BIN)/python benchmarks/control.py run --suite ablation $(BENCH_ARGS)
-	$(BIN)/python benchmarks/control.py report
+	$(BIN)/python benchmarks/control.py run --suite tuned $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py run --suite stress $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py run --suite ablation $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/control.py report $(OUT)
 	$(BIN)/python benchmarks/pages.py
 
 bench-rlhf: $(INSTALLED)bench
-	$(BIN)/python benchmarks/rlhf.py run --suite tuning $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py report
-	$(BIN)/python benchmarks/rlhf.py run --suite main $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py run --suite rates $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py report
-	$(BIN)/python benchmarks/rlhf.py run --suite own-rates $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py run --suite strength $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py report
+	$(BIN)/python benchmarks/rlhf.py run --suite tuning $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report $(OUT)
+	$(BIN)/python benchmarks/rlhf.py run --suite main $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite rates $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report $(OUT)
+	$(BIN)/python benchmarks/rlhf.py run --suite own-rates $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite ablation $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py run --suite strength $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report $(OUT)
 	$(BIN)/python benchmarks/pages.py
 
+# Beside the published runs it would find itself done, and the report would draw those.
+bench-rlhf-quick: OUT = --out runs/rlhf-quick
 bench-rlhf-quick: $(INSTALLED)bench
-	$(BIN)/python benchmarks/rlhf.py run --quick $(BENCH_ARGS)
-	$(BIN)/python benchmarks/rlhf.py report
+	$(BIN)/python benchmarks/rlhf.py run --quick $(OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/rlhf.py report $(OUT)
 
 # SBX in an environment of its own: it brings JAX.
 .venv-sbx/bin/python:

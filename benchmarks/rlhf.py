@@ -2,8 +2,8 @@
 
     python benchmarks/rlhf.py run [--suite tuning|main|rates|own-rates|ablation|strength|quick] [--tasks ...]
                                   [--methods ...] [--settings ...] [--seeds 10] [--workers 2] [--time-limit SECONDS]
-    python benchmarks/rlhf.py run --quick
-    python benchmarks/rlhf.py report
+    python benchmarks/rlhf.py run --quick --out runs/rlhf-quick
+    python benchmarks/rlhf.py report [--out FOLDER]
     python benchmarks/rlhf.py start
 
 All methods are one class on one code path, with equal budgets (rlhf_settings.py). SAFE has one default for all tasks;
@@ -12,8 +12,9 @@ the KL coefficient of PPO and the target of its adaptive form are tuned per task
 `--suite rates` and `report`, which writes own_rates.json, then `--suite own-rates`.
 
 A run is a process with one thread and writes benchmarks/results/rlhf/<setting>/<task>/<method>/<seed>.json when it ends
-(and a .partial with the curve so far until then). Finished runs are skipped, so `run` goes on where it was stopped; all
-methods of a seed come before the next seed. `report` reads what is there: see rlhf_report.py.
+(and a .partial with the curve so far until then). Finished runs are skipped, so `run` goes on where it was stopped, and
+the published ones are made again only in another folder (`--out`); all methods of a seed come before the next seed.
+`report` reads what is there: see rlhf_report.py.
 """
 
 import argparse

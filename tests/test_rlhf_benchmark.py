@@ -1,6 +1,7 @@
 """The RLHF laboratory: what it compares, what it records, what its report says, and tiny runs from end to end."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,17 @@ def test_tuning_has_seeds_of_its_own_and_the_other_suites_take_what_it_found(tmp
     assert "ppo-kl-0.2" not in {run.algorithm for run in main if run.task == "sparse"}
     quick = list(rlhf.plan(rlhf.parse(["run", "--quick", "--out", str(tmp_path)])))
     assert {run.setting for run in quick} == {"quick", "quick-x10"}
+
+
+def test_the_quick_target_runs_and_reports_in_a_folder_that_git_ignores() -> None:
+    makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
+    (out,) = re.findall(r"^bench-rlhf-quick: OUT = --out (\S+)$", makefile, re.MULTILINE)
+    commands = re.findall(r"benchmarks/rlhf\.py ((?:run|report) .*)$", makefile, re.MULTILINE)
+    assert all("$(OUT)" in command for command in commands)
+    assert any("--quick" in command for command in commands)
+    folder = BENCHMARKS.parent / out
+    assert not folder.is_relative_to(rlhf.RESULTS)
+    assert f"/{folder.relative_to(BENCHMARKS.parent).parts[0]}/" in (BENCHMARKS.parent / ".gitignore").read_text()
 
 
 def test_runs_at_own_rates_are_those_that_tuning_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
