@@ -101,6 +101,8 @@ def _load_config(model: str, model_kwargs: Mapping[str, Any] | None) -> Any:
     with blaming("model", model, "model_kwargs"):
         arguments = file_arguments(model_kwargs)
         folder = Path(resolve(model))
+        if (folder.is_absolute() or model.startswith(".")) and not folder.exists():
+            raise FileNotFoundError("there is no such folder")  # transformers would speak of the hub
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ValueError(
                 "it is an adapter, without its model: merge the two first, as policy.export(path, merged=True) does"
