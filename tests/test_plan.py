@@ -130,7 +130,7 @@ def test_advice_says_when_all_of_it_is_needed_or_not_enough() -> None:
     *_, last = advice_for(plan, least)
     assert f"All of that together makes it {format_bytes(least)}" in last
     assert "choose a smaller model" not in last
-    assert "choose a smaller model" in advice_for(plan, least - 1)[-1]
+    assert advice_for(plan, least - 1)[-1].endswith("choose a smaller model")
 
 
 def test_adapters_that_are_there_are_not_advised_but_lower_precision_is() -> None:

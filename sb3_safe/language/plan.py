@@ -259,7 +259,8 @@ def check_memory(plan: MemoryPlan, available: int) -> None:
     if not any(alone):
         together = _plan(**plan.arguments | {name: value for c in changes for name, value in c.arguments.items()}).total
         advice += f". All of that together makes it {format_bytes(together)}"
-        advice += "" if together <= available else ", which is still too much: choose a smaller model or reward_model"
+        smaller = "model" if plan.arguments["judge"] is None else "model or reward_model"
+        advice += "" if together <= available else f", which is still too much: choose a smaller {smaller}"
     raise ValueError(
         f"the run takes {format_bytes(plan.total)} of memory, and {format_bytes(available)} are available. What helps, "
         f"most first: {advice}"
