@@ -22,7 +22,7 @@ help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-lowest   the tests on the oldest versions that pyproject.toml allows"
+	@echo "make test-lowest   the tests on the oldest versions that pyproject.toml allows (of NumPy with the extra data: 2.0)"
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
 	@echo "make bench-control   SAFE against PPO on control tasks: the runs that have no result yet (BENCH_ARGS=\"--seeds 1\")"
