@@ -104,8 +104,8 @@ class SAFE(ResumableAlgorithm):
     :param rollout_buffer_class: an :class:`~sb3_safe.buffers.AnnotatedRollout`; ``None``: the one that fits.
     :param rollout_buffer_kwargs: its further arguments.
     :param target_kl: stop an update early when the KL of a minibatch to the rollout policy passes 1.5 times this.
-    :param huber_delta: where the critic loss turns linear, in root mean squares of the critic's error on the rollout;
-        ``None``: squared error.
+    :param huber_delta: where the critic loss turns linear, as a multiple of the root mean square of the critic's error
+        on the rollout; ``None``: squared error.
     :param critic_tau: Polyak step of the target critics, which supply the values that advantages are made of, per
         gradient step; 1: the critics themselves.
     :param kl_controller: ``"safe"``, ``"fixed"``, ``"adaptive"``, ``"none"``, or a class of
@@ -121,8 +121,8 @@ class SAFE(ResumableAlgorithm):
         0.5 against the rollout policy. ``None``: no bound.
     :param critic_warmup: rollouts at the start whose updates train the critics alone (and a features extractor that
         they share with the policy): what a policy would do by the advantages of critics that know nothing yet is noise.
-        Where actor and critics have hidden layers of the same sizes, which are then stacked, Adam counts these updates
-        for the actor's as ones of gradient 0: its first steps after them are up to 3 times as long as the rate.
+        If actor and critics have equal hidden sizes they share tensors, so Adam's step count advances for the actor too
+        while its gradient is 0; the actor's first real steps are then up to 3 times too long.
     :param n_envs: number of environments, when ``env`` is an id.
     :param env_kwargs: arguments of the environment, when ``env`` is an id.
     :param stats_window_size: episodes that logged means are taken over.

@@ -250,7 +250,7 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     rows = LANGUAGE["own_rates"]
     ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl", "safe"))
     means = f"{ppo['average_gold'][0]:.2f} and {safe['average_gold'][0]:.2f}"
-    ends = f"{ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f}"
+    ends = f"{ppo['final_gold'][0]:.2f} (PPO) and {safe['final_gold'][0]:.2f} (SAFE)"
     assert f"gold ends at {ends}, averaged over training it is {means};" in SAID
     better = "{:.2f} [{:.2f}, {:.2f}]".format(*ppo["safe_is_better"])
     ends = f"{ppo['final_gold'][0]:.2f} and {safe['final_gold'][0]:.2f}"
