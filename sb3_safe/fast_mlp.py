@@ -147,8 +147,8 @@ class FastMlp:
         evaluation, gradient = self._evaluate(features.numpy(), samples.actions.numpy(), arrays)
         means, slopes = objective.slopes(samples, *evaluation)
         _, *gradients = gradient(*slopes, with_features=False)
-        # Where the policy is not trained its head has no gradient, not even zeros, which an optimizer would count. The
-        # zeros of its hidden layers it does count: a slice of tensors that the critics train, as in the general path.
+        # Where the policy is not trained its head has no gradient, as in the general path. The zeros of its hidden
+        # layers an optimizer does count: a slice of tensors that the critics train.
         trained = self.parameters if objective.trains_policy else self.parameters[: 2 * self.depth + 2]
         for parameter, array in zip(trained, gradients, strict=False):
             if parameter.requires_grad:
@@ -304,8 +304,14 @@ class _Evaluation(th.autograd.Function):
             None if d_entropy is None else d_entropy.numpy(),
             with_features=ctx.needs_input_grad[1],
         )
-        of_features = None if d_features is None else th.from_numpy(d_features)
-        return None, of_features, None, *map(th.from_numpy, d_parameters)
+        # As in autograd, a head that is in no loss has no gradient, not even zeros, which an optimizer would count.
+        heads = 2 * ctx.mlp.depth
+        if d_values is None:
+            d_parameters[heads : heads + 2] = [None, None]
+        if d_log_prob is None and d_entropy is None:
+            d_parameters[heads + 2 :] = [None] * len(d_parameters[heads + 2 :])
+        gradients = (None if array is None else th.from_numpy(array) for array in (d_features, *d_parameters))
+        return None, next(gradients), None, *gradients
 
 
 def _differentiable_gradient(ctx: Any, slopes: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

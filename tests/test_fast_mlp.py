@@ -223,6 +223,16 @@ def test_the_gradient_of_a_gradient_knows_that_observations_may_depend_on_the_po
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("output", ["values", "log_prob"])
+def test_a_head_that_is_not_in_the_loss_has_no_gradient(output: str):
+    """Not even zeros, which an optimizer would count, and by which weight decay would move it."""
+    without = []
+    for policy in both():
+        getattr(policy.evaluate(observations(), th.zeros(5)), output).sum().backward()
+        without.append({name for name, parameter in policy.named_parameters() if parameter.grad is None})
+    assert without[0] == without[1] != set()
+
+
 def test_a_graph_can_be_used_twice_where_it_is_kept():
     policy, _ = both()
     loss = th.cat([output.flatten() for output in policy.evaluate(observations(), th.zeros(5))[:3]]).sum()
