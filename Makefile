@@ -13,16 +13,18 @@ BENCH_OUT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 INSTALLED = $(VENV)/.installed-
 OUT = $(addprefix --out ,$(BENCH_OUT))
 
-.PHONY: help demo test test-slow test-lowest docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
+.PHONY: help demo test test-slow test-lowest test-newest docs bench-speed bench-language bench-control bench-rlhf bench-rlhf-quick clean
 
 help:
 	@echo "make demo       train the embedded language model, show what changed (DEMO_ARGS=\"--timesteps 20000\")"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-lowest   the tests on the oldest versions that pyproject.toml allows (of NumPy with the extra data: 2.0)"
+	@echo "make test-newest   the tests on the newest ones"
 	@echo "make docs       docs/_build/html/index.html"
 	@echo "make bench-speed, bench-language   the figures of README's section on speed"
 	@echo "make bench-control   SAFE against PPO on control tasks: the runs that have no result yet (BENCH_ARGS=\"--seeds 1\")"
@@ -48,6 +50,10 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest $(PYTEST_ARGS) \
 		--deselect tests/test_footprint.py::test_scoring_takes_what_is_planned \
 		--deselect tests/test_plan.py::test_the_page_on_memory_shows_what_the_command_prints
+
+# What an installation without constraints.txt gets.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/pytest $(PYTEST_ARGS)
 
 docs: $(INSTALLED)docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
@@ -100,8 +106,13 @@ $(LOWEST)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct $(PIP_ARGS) -e ".[test]"
 	@touch $@
 
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet $(PIP_ARGS) -e ".[test]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) .venv-sbx docs/_build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-sbx docs/_build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11" % v[:2])'
