@@ -264,7 +264,9 @@ def write_texts(
     if not all(env.env_is_wrapped(Monitor)):
         env = VecMonitor(env)  # for ``episode`` in the infos
     texts: dict[int, dict[str, Any]] = {}
-    with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    device = model.device
+    # The CPU's generator is always put back. The seed goes to those of all devices, and is used on the model's alone.
+    with th.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         th.manual_seed(seed)
         env.seed(seed)
         # The first name is read by environments of one text side by side, the other by one of many texts.

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -136,6 +137,24 @@ def test_a_run_that_goes_on_samples_every_step_once(tmp_path: Path) -> None:
     assert [sample["timesteps"] for sample in read_json_lines(tmp_path / "samples.jsonl")] == [0, 32, 64]
     model.learn(32, callback=callback)
     assert [sample["timesteps"] for sample in read_json_lines(tmp_path / "samples.jsonl")] == [0, 32]
+
+
+@pytest.mark.parametrize(
+    ("device", "kept"), [("cpu", []), ("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("xpu:0", ["xpu:0"])]
+)
+def test_random_numbers_of_any_device_are_left_as_they_were(
+    device: str, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, model = [], text_model()
+
+    def fork_rng(devices: list[th.device], device_type: str) -> Any:
+        asked.append((devices, device_type))
+        return fork(devices=[])
+
+    fork = th.random.fork_rng
+    monkeypatch.setattr(th.random, "fork_rng", fork_rng)
+    write_texts(SimpleNamespace(device=th.device(device), predict=model.predict), text_env(1))  # type: ignore[arg-type]
+    assert asked == [([th.device(name) for name in kept], th.device(device).type)]
 
 
 def test_sampled_texts_depend_on_the_seed_alone_and_likeliest_ones_not_on_it() -> None:
