@@ -83,14 +83,15 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
         settings = preset(policy, given.get("env_kwargs"))
         self.n_timesteps = settings.pop("n_timesteps")
         self.preset_normalize = settings.pop("normalize", False)
+        chosen = {name: value for name, value in settings.items() if name not in given}
         for name in KEYWORDS:
             if name in settings and given.get(name) is not None:
+                chosen[name] = {key: value for key, value in settings[name].items() if key not in given[name]}
                 given[name] = settings[name] | given[name]
         settings |= {name: value for name, value in given.items() if name != "policy"}
         settings["env"] = policy
         settings.setdefault("policy", "auto")
         if settings.get("verbose", 0) >= 1:
-            chosen = {name: value for name, value in settings.items() if name not in given and name != "env"}
             print(f"Preset of {policy} (budget {self.n_timesteps} steps): {chosen}")
         init(self, **settings)
 

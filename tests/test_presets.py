@@ -69,6 +69,16 @@ def test_a_verbose_model_says_what_the_preset_set(cheap: dict[str, Any], capsys:
     assert "n_steps" not in line
 
 
+def test_of_arguments_in_a_dict_it_says_those_that_the_preset_set(
+    cheap: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    cheap["Tiny-vector-discrete-v0"] = {"policy_kwargs": "dict(n_critics=3, soft_min_alpha=0.5)"}
+    presets.PRESETS_FILE.write_text(yaml.safe_dump(cheap), encoding="utf-8")
+    model = SAFE("Tiny-vector-discrete-v0", verbose=1, policy_kwargs={"n_critics": 4})
+    assert model.policy_kwargs == {"n_critics": 4, "soft_min_alpha": 0.5}
+    assert "'policy_kwargs': {'soft_min_alpha': 0.5}" in capsys.readouterr().out
+
+
 def test_a_silent_model_says_nothing(cheap: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     SAFE("CartPole-v1")
     assert capsys.readouterr().out == ""
