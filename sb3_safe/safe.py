@@ -426,7 +426,7 @@ class SAFE(ResumableAlgorithm):
 
     def _recommended_timesteps(self) -> int:
         spec = None if self.env is None else environments.attribute(self.env, "spec")
-        return int(preset("" if spec is None else spec.id)["n_timesteps"])
+        return int((preset("") if spec is None else preset(spec.id, spec.kwargs))["n_timesteps"])
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int

@@ -91,6 +91,14 @@ def test_learning_without_a_budget_takes_that_of_the_preset(cheap: dict[str, Any
     assert SAFE("Tiny-vector-box-v0", n_steps=16, batch_size=8).learn().num_timesteps == 64
 
 
+def test_a_budget_may_depend_on_arguments_of_the_environment(cheap: dict[str, Any]):
+    cheap["Tiny-vector-discrete-v0/length"] = {"n_timesteps": 96}
+    presets.PRESETS_FILE.write_text(yaml.safe_dump(cheap), encoding="utf-8")
+    sizes = {"n_steps": 16, "batch_size": 8, "env_kwargs": {"length": 7}}
+    assert SAFE("Tiny-vector-discrete-v0", **sizes).learn().num_timesteps == 96
+    assert SAFE("auto", "Tiny-vector-discrete-v0", **sizes).learn().num_timesteps == 96
+
+
 def test_the_budget_of_an_instance_can_be_set(cheap: dict[str, Any]):
     model = SAFE("CartPole-v1")
     model.n_timesteps = 96
