@@ -19,6 +19,7 @@ from transformers.utils import logging
 from sb3_safe import SAFE, GymVecEnv, SampleCallback, StabilityCallback
 from sb3_safe.callbacks import Infos, episode_columns, write_texts
 from sb3_safe.report import write_report
+from sb3_safe.text_callbacks import printable
 
 ENV_ID = "TextGenEnv-v0"
 N_EVALUATED = 256
@@ -50,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stability = StabilityCallback(options.out, extra=gold_column)
     sampler = SampleCallback(text_env(N_SHOWN), every=25, seed=options.seed, folder=options.out)
     model.learn(options.timesteps, callback=[stability, sampler], progress_bar=True)
+    model.save(options.out / "model.zip")
     after = evaluate(model, options.seed)
 
     show_texts(sampler.samples)
     evaluation = {label: (before[name], after[name]) for name, label in LABELS.items()}
     show_table(evaluation)
-    model.save(options.out / "model.zip")
     title = f"SAFE on {ENV_ID}, {model.num_timesteps} tokens, seed {options.seed}"
     report = write_report({"SAFE": stability.rows}, options.out / "report.html", sampler.samples, title, evaluation)
     print(f"\nModel:  {options.out / 'model.zip'}\nReport: {report}")
@@ -117,9 +118,9 @@ def divergence(model: SAFE, texts: Infos) -> dict[str, float]:
 def show_texts(samples: Sequence[Mapping[str, Any]]) -> None:
     """Print what was written on the same prompts before and after training."""
     for first, last in zip(samples[:N_SHOWN], samples[-N_SHOWN:], strict=True):
-        print(f"\n{first['prompt']}")
-        print(f"  before ({first['reward']:+.2f}): {first['completion'].strip()}")
-        print(f"  after  ({last['reward']:+.2f}): {last['completion'].strip()}")
+        print(f"\n{printable(first['prompt'])}")
+        print(f"  before ({first['reward']:+.2f}): {printable(first['completion'].strip())}")
+        print(f"  after  ({last['reward']:+.2f}): {printable(last['completion'].strip())}")
 
 
 def show_table(evaluation: Mapping[str, tuple[float, float]]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,8 @@ class SampleCallback(BaseCallback):
             write_json_lines(self.path, samples, append=True)
         lines = [f"{sample['reward']:+.2f} | {sample['prompt']} >>>{sample['completion']}" for sample in samples]
         if self.verbose >= 1:
-            print(f"After {steps} steps, mean reward {self.last_mean_reward:+.2f}:", *lines, sep="\n  ")
+            head = f"After {steps} steps, mean reward {self.last_mean_reward:+.2f}:"
+            print(head, *map(printable, lines), sep="\n  ")
         # The run's own log is written after the next rollout, and what follows the last one never.
         log = Logger(self.logger.dir, self.logger.output_formats)
         log.record("eval/mean_reward", self.last_mean_reward)
@@ -150,6 +152,12 @@ class SampleCallback(BaseCallback):
         markdown = "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
         log.record("samples/texts", markdown, exclude=("stdout", "log", "json", "csv"))
         log.dump(steps)
+
+
+def printable(text: str) -> str:
+    """A text with ``?`` for what standard output has no code for: on Windows that of a pipe is seldom UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)
 
 
 # -- the best model ----------------------------------------------------------------------------------------------------

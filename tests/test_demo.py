@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,23 @@ def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_shows_what_changed_and_leaves_a_model_and_a_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    show, saved = demo.show_texts, []
+
+    def show_texts(samples: Any) -> None:
+        saved.append((tmp_path / "model.zip").exists())
+        show(samples)
+
+    monkeypatch.setattr(demo, "show_texts", show_texts)
     demo.main(["--timesteps", "2000", "--out", str(tmp_path), "--seed", "3"])
     printed = capsys.readouterr().out
     for label in demo.LABELS.values():
         assert re.search(rf"^{re.escape(label)} +-?\d+\.\d+ +-?\d+\.\d+$", printed, flags=re.MULTILINE), label
     assert printed.count("  before (") == printed.count("  after  (") == demo.N_SHOWN
     assert str(tmp_path / "model.zip") in printed and str(tmp_path / "report.html") in printed
+
+    assert saved == [True]  # nothing that is shown, wherever to, can cost the model
 
     rows = read_json_lines(tmp_path / "stability.jsonl")
     assert rows and all(0 <= row["gold"] <= 1 for row in rows)

@@ -1,3 +1,5 @@
+import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_safe import SAFE, GymVecEnv, ProgressCallback, SampleCallback, StabilityCallback, environments
+from sb3_safe import SAFE, GymVecEnv, ProgressCallback, SampleCallback, StabilityCallback, demo, environments
 from sb3_safe.callbacks import read_json_lines, write_texts
 from sb3_safe.language import LanguagePolicy, SegmentBuffer
 from sb3_safe.text_callbacks import saved_reward
@@ -121,6 +123,23 @@ def test_the_mean_reward_and_length_of_all_texts_are_logged_at_their_step_and_fe
         assert recorder.of(key) == [(step, pytest.approx(value)) for step, value in expected]
     assert sampler.last_mean_reward == recorder.of("eval/mean_reward")[-1][1]
     assert [sample["completion"] for sample in sampler.samples] == [text["completion"] for text in start[:3] + end[:3]]
+
+
+def test_texts_are_printed_also_where_the_output_has_no_code_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Windows a pipe takes the characters of one language."""
+    sampler, model, output = SampleCallback(text_env(1), verbose=1), text_model(), io.BytesIO()
+    model.set_logger(Logger(None, []))
+    sampler.init_callback(model)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="cp1252", write_through=True))
+    text = {"prompt": "caf\xe9 \u2192", "completion": " \u732b", "episode": {"r": 1.0, "l": 2}, "finish_reason": "stop"}
+    sampler._show([text])
+    monkeypatch.setattr(demo, "N_SHOWN", 1)
+    demo.show_texts(2 * sampler.samples)
+    printed = output.getvalue().decode("cp1252")
+    assert "caf\xe9 ? >>> ?" in printed
+    assert "before (+1.00): ?" in printed
 
 
 @pytest.mark.parametrize("first", [SampleCallback, StabilityCallback])
