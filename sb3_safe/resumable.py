@@ -109,14 +109,19 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._compare_advertised()
 
     def _compare_advertised(self) -> None:
-        """Warn where an environment asks for another policy than the one that was built asks for."""
+        """Warn where an environment asks for another policy than the one that was built, and not for what it did then.
+
+        What it asks for is among the arguments of the policy, unless load() was given others in their place.
+        """
         if not self._advertised or self.env is None:
             return
         for name, value in environments.advertised_policy_kwargs(self.env).items():
-            if value not in (self._advertised.get(name), self.policy_kwargs.get(name)):
+            given = name in self.policy_kwargs
+            own = (self.policy_kwargs if given else self.policy._get_constructor_parameters()).get(name)
+            if value != own and not (given and value == self._advertised.get(name)):
                 warnings.warn(
                     f"this environment is for a policy with {name}={value!r}; the model's goes on with "
-                    f"{self.policy_kwargs.get(name)!r}, unless load() is given other policy_kwargs in custom_objects",
+                    f"{own!r}, unless load() is given other policy_kwargs in custom_objects",
                     stacklevel=3,
                 )
 

@@ -22,8 +22,9 @@ def find_model(model: str) -> str:
     is_folder = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # the hub's have one at most
     if is_folder and not Path(name).exists():
         raise FileNotFoundError(
-            "there is no such folder. If the model of a saved run has moved, say where it is: SAFE.load(..., "
-            "custom_objects={'policy_kwargs': {..., 'model': '/new/folder'}})"
+            "there is no such folder. If the model of a saved run has moved, say where it is: SAFE.load(path, "
+            "custom_objects={'policy_kwargs': saved | {'model': '/new/folder'}}) with saved = "
+            "load_from_zip_file(path)[0]['policy_kwargs'], of stable_baselines3.common.save_util"
         )
     return name
 

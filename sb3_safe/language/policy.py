@@ -126,7 +126,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             "lora": lora,
             "gradient_checkpointing": gradient_checkpointing,
             "cuda_graphs": cuda_graphs,
-            "model_kwargs": model_kwargs,
+            "model_kwargs": model_kwargs or {},
         }
         self.distribution = TokenDistribution(temperature, top_k, top_p, min_new_tokens, eos_token_id)
         self.critic_gradient = critic_gradient
@@ -252,7 +252,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         :raises ValueError: there is no tokenizer, or it is another model's, or adapters would be written into the
             folder that the model was loaded from.
         """
-        model, model_kwargs = self._arguments["model"], dict(self._arguments["model_kwargs"] or {})
+        model, model_kwargs = self._arguments["model"], dict(self._arguments["model_kwargs"])
         export(self.lm, self.adapters, model, model_kwargs, directory, merged, tokenizer)
 
     # -- writing ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from peft import PeftModel
+from stable_baselines3.common.save_util import load_from_zip_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -198,7 +199,7 @@ def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict
     elsewhere = tmp_path / "elsewhere"
     Path(env_kwargs["model"]).rename(elsewhere)
     try:
-        gone = rf"model='{env_kwargs['model']}' cannot be loaded: there is no such folder.*custom_objects="
+        gone = rf"model='{env_kwargs['model']}' cannot be loaded: there is no such folder.*load_from_zip_file"
         with pytest.raises(ValueError, match=gone):
             SAFE.load(tmp_path / "model", device="cpu")
         tokenizer = AutoTokenizer.from_pretrained(elsewhere)
@@ -207,7 +208,8 @@ def test_a_checkpoint_that_has_moved_is_loaded_from_where_it_is(env_kwargs: dict
                 model.policy.export(tmp_path / "exported", **arguments)
         assert not (tmp_path / "exported").exists()
         model.policy.export(tmp_path / "exported", tokenizer=tokenizer)
-        moved = {"policy_kwargs": model.policy_kwargs | {"model": str(elsewhere)}}
+        saved = load_from_zip_file(tmp_path / "model")[0]["policy_kwargs"]  # as the message says
+        moved = {"policy_kwargs": saved | {"model": str(elsewhere)}}
         loaded = SAFE.load(tmp_path / "model", device="cpu", custom_objects=moved)
         obs = model.env.reset()
         np.testing.assert_array_equal(

@@ -390,6 +390,15 @@ def test_an_environment_that_asks_for_another_policy_than_was_saved_is_warned_of
         SAFE.load(tmp_path / "model", env=longer)
     with pytest.warns(UserWarning, match="min_new_tokens=2"):
         model.set_env(longer)
+    model = text_model(env_kwargs, policy_kwargs={"min_new_tokens": 1})
+    model.save(tmp_path / "model")
+    alone = {"policy_kwargs": {"model": env_kwargs["model"]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SAFE.load(tmp_path / "model", env=model.get_env())  # the user had decided
+    with pytest.warns(UserWarning, match=r"eos_token_id=\[1\].* goes on with None") as warned:
+        SAFE.load(tmp_path / "model", env=model.get_env(), custom_objects=alone)
+    assert len(warned) == 1  # of the other arguments that are left out, what the environment asks for is the default
 
 
 def test_trust_bound_holds_for_absurd_learning_rates(env_kwargs: dict[str, Any]) -> None:
