@@ -10,7 +10,7 @@ actor. The batch comes last where a reduction is over another axis, for which Nu
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -28,6 +28,8 @@ Array = NDArray[np.float32]
 ScoreGradient = Callable[[Array, Array | None], list[Array]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Registered = tuple[Mapping[str, Any], str, Any]
+"""A module's register of its parameters or modules, a name in it, and what has that name."""
 
 
 class Activation(NamedTuple):
@@ -88,6 +90,8 @@ class FastMlp:
     :param critic_head: weight ``[K, h, 1]`` and bias ``[K, 1, 1]``.
     :param actor_head: weight ``[A, h]`` and bias ``[A]``.
     :param log_std: ``[A]``, of a diagonal Gaussian; ``None``: the actor's outputs are logits.
+    :param registered: modules and parameters that it stands in for as long as they are where they were registered.
+    :param hooks: registers that are to be empty.
     """
 
     def __init__(
@@ -98,15 +102,24 @@ class FastMlp:
         critic_head: tuple[Tensor, Tensor],
         actor_head: tuple[Tensor, Tensor],
         log_std: Tensor | None,
+        registered: Sequence[Registered],
+        hooks: Sequence[Mapping[int, Any]],
     ) -> None:
         self.depth = len(weights)
         self.activation = activation
         self.parameters = (*weights, *biases, *critic_head, *actor_head, *(() if log_std is None else (log_std,)))
+        self.registered, self.hooks = registered, hooks
 
     def applies(self) -> bool:
-        """Whether the parameters can be had as arrays: they are on the CPU, and no operations are being recorded."""
+        """Whether nothing has been replaced or has hooks, and the parameters can be had as arrays.
+
+        The latter is so if they are on the CPU and no operations are being recorded.
+        """
+        for register, name, part in self.registered:  # attributes of modules would take many times as long
+            if register.get(name) is not part:
+                return False
         recording = th.jit.is_tracing() or th.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
-        return self.parameters[0].is_cpu and not recording
+        return self.parameters[0].is_cpu and not recording and not any(self.hooks)
 
     @on_one_thread
     @np.errstate(all="ignore")
@@ -246,7 +259,9 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
         return None
     if sum(weight.numel() for weight in bodies.weights) > MAX_WEIGHTS:
         return None
-    if any(has_hooks(layer) for layer in (*bodies.modules(), head)):
+    layers = [head, *bodies.modules(), *(policy.features_extractor.modules() if policy._takes_vectors else ())]
+    hooks = [register for layer in layers for register in _hooks(layer)]
+    if any(hooks):
         return None
     activations = {type(activation) for activation in bodies.activations}
     if not activations <= ACTIVATIONS.keys():
@@ -258,15 +273,20 @@ def fast_path(policy: Any, general: type) -> FastMlp | None:
         critic_head=(policy.value_weight, policy.value_bias),
         actor_head=(head.weight, head.bias),
         log_std=policy.log_std if distribution is DiagGaussianDistribution else None,
+        registered=[
+            (register, name, part)
+            for module in (policy, *layers)
+            for register in (module._parameters, module._modules)
+            for name, part in register.items()
+        ],
+        hooks=hooks,
     )
     return fast if all(map(_is_plain, fast.parameters)) else None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to be called when a module is, or when its gradient is computed."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The registers of what is to be called when a module is, or when its gradient is computed."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _is_plain(parameter: Tensor) -> bool:

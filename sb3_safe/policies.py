@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sb3_safe import arguments, functional
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
-from sb3_safe.fast_mlp import FastMlp, fast_path, has_hooks
+from sb3_safe.fast_mlp import FastMlp, fast_path
 from sb3_safe.parallel_mlp import architecture, side_by_side
 
 MEAN_ALPHA = 1e8
@@ -371,16 +371,15 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         super().train(mode)
         if self.reference is not None:
             self.reference.train(False)
-        # At each rollout and update, so that replaced and frozen modules are noticed.
+        # At each rollout and update, so that what has been replaced gets a fast path of its own.
         self._distribution = self._known_distribution()
-        self._fast = fast_path(self, TwinCriticPolicy)
         self._takes_vectors = (
             isinstance(self.observation_space, spaces.Box)
             and len(self.observation_space.shape) == 1
             and type(self.features_extractor) is FlattenExtractor
-            and not has_hooks(self.features_extractor)
             and type(self).extract_features is ActorCriticPolicy.extract_features
         )
+        self._fast = fast_path(self, TwinCriticPolicy)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
+from torch.nn.utils import prune
 
 from sb3_safe import SAFE, FixedKL, fast_mlp, functional
 from sb3_safe.buffers import SafeSamples
@@ -584,14 +585,75 @@ def test_other_precisions_take_the_general_path():
     assert policy._fast is None
 
 
-def test_a_head_that_is_replaced_is_used_from_the_next_rollout_on():
-    policy, _ = both()
-    policy.action_net = nn.Linear(8, 3)
-    policy.set_training_mode(False)
-    obs = observations()
+class Doubled(FlattenExtractor):
+    def forward(self, obs: th.Tensor) -> th.Tensor:
+        return 2 * super().forward(obs)
+
+
+REPLACEMENTS: dict[str, Any] = {
+    "head": lambda policy: setattr(policy, "action_net", nn.Linear(8, 3)),
+    "weight": lambda policy: setattr(policy.action_net, "weight", nn.Parameter(th.ones(3, 8))),
+    "critics": lambda policy: setattr(policy, "value_bias", nn.Parameter(th.ones(2, 1, 1))),
+    "layer": lambda policy: policy.bodies.weights.__setitem__(0, nn.Parameter(th.ones(3, 3, 16))),
+    "activation": lambda policy: policy.bodies.activations.__setitem__(1, nn.ELU()),
+    "bodies": lambda policy: setattr(policy, "bodies", make(TwinCriticPolicy).bodies),
+    "extractor": lambda policy: setattr(policy, "features_extractor", Doubled(policy.observation_space)),
+    "flattening": lambda policy: setattr(policy.features_extractor, "flatten", nn.Hardtanh(-0.1, 0.1)),
+    "assigned": lambda policy: policy.load_state_dict(
+        {name: 1.5 * tensor for name, tensor in policy.state_dict().items()}, assign=True
+    ),
+    "pruned": lambda policy: prune.l1_unstructured(policy.action_net, "weight", 0.9),
+    "normed": lambda policy: nn.utils.parametrizations.spectral_norm(policy.action_net),
+}
+
+
+def outputs(policy: Any) -> list[th.Tensor]:
     with th.no_grad():
-        expected = policy.get_distribution(obs).log_prob(th.zeros(5))
-    assert_equal([policy.evaluate(obs, th.zeros(5)).log_prob], [expected])
+        obs = observations()
+        return [policy(obs)[1], policy(obs, deterministic=True)[2], *policy.evaluate(obs, th.zeros(5))[:2]]
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_what_is_replaced_is_used_at_once(replace: Any):
+    policy, _ = both()
+    policy.set_training_mode(False)
+    before = outputs(policy)
+    replace(policy)
+    after = outputs(policy)
+    policy._fast = None
+    assert_equal(after, outputs(policy))
+    assert any(not th.allclose(a, b, atol=1e-3) for a, b in zip(before, after, strict=True))
+
+
+def test_parameters_lent_for_one_call_are_used_in_it_and_not_after():
+    policy, _ = both()
+    before = outputs(policy)
+    ones = {name: th.ones_like(tensor) for name, tensor in policy.state_dict().items()}
+    with th.no_grad():
+        values = th.func.functional_call(policy, ones, (observations(),))[1]
+    policy.load_state_dict(ones)
+    assert_equal([values], outputs(policy)[:1])
+    policy.load_state_dict(both()[1].state_dict())
+    assert policy._fast.applies()
+    assert_equal(outputs(policy), before)
+
+
+@pytest.mark.parametrize(
+    "module", ["action_net", "bodies", "bodies.activations.1", "features_extractor", "features_extractor.flatten"]
+)
+def test_hooks_are_called_from_when_they_are_registered_on(module: str):
+    policy, _ = both()
+    calls: list[str] = []
+    handle = policy.get_submodule(module).register_forward_hook(lambda *_: calls.append(module))
+    outputs(policy)
+    assert len(calls) == 3
+    policy.set_training_mode(True)
+    outputs(policy)
+    assert len(calls) == 6
+    handle.remove()
+    policy.set_training_mode(True)
+    assert policy._fast is not None
+    assert policy._takes_vectors
 
 
 def test_parameters_that_change_in_place_or_move_are_seen_at_once():
@@ -617,6 +679,7 @@ def test_parameters_that_change_in_place_or_move_are_seen_at_once():
 def test_a_copy_has_parameters_of_its_own(duplicate: Any):
     policy, general = both()
     other = duplicate(policy)
+    assert other._fast.applies()
     jolt(policy)
     obs = observations()
     assert_equal(other.evaluate(obs, th.zeros(5))[:3], general.evaluate(obs, th.zeros(5))[:3])
