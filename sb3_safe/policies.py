@@ -296,7 +296,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         :param obs: a minibatch of observations.
         :param actions: ``[B, ...]``, as the rollout buffer yields them.
         """
-        if self._fast is not None and self._fast.applies():
+        if self._fast is not None and self._fast.applies() and not actions.requires_grad:
             return Evaluation(*self._fast.evaluate(self._features(obs), actions))
         latent_pi, latent_vf, _ = self._latents(obs)
         log_prob, entropy = self._score(latent_pi, actions)

@@ -234,6 +234,15 @@ def test_a_head_that_is_not_in_the_loss_has_no_gradient(output: str):
     assert without[0] == without[1] != set()
 
 
+def test_the_gradient_reaches_actions_that_are_made_by_something_trained():
+    results = []
+    for policy in both(TwinCriticPolicy, VECTOR, BOX):
+        actions = some_actions(BOX, 5).requires_grad_()
+        policy.evaluate(observations(), actions).log_prob.sum().backward()
+        results.append([actions.grad])
+    assert_equal(*results)
+
+
 def test_a_graph_can_be_used_twice_where_it_is_kept():
     policy, _ = both()
     loss = th.cat([output.flatten() for output in policy.evaluate(observations(), th.zeros(5))[:3]]).sum()
