@@ -119,6 +119,7 @@ class FastMlp:
             if register.get(name) is not part:
                 return False
         recording = th.jit.is_tracing() or th.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+        recording = recording or th._C._are_functorch_transforms_active()  # grad, vmap and the like of torch.func
         return self.parameters[0].is_cpu and not recording and not any(self.hooks)
 
     @on_one_thread

@@ -694,6 +694,15 @@ def test_a_copy_has_parameters_of_its_own(duplicate: Any):
     assert_equal(other.evaluate(obs, th.zeros(5))[:3], general.evaluate(obs, th.zeros(5))[:3])
 
 
+def test_transforms_of_torch_func_see_through_a_policy():
+    policy, _ = both()
+    obs = observations()
+    gradient = th.func.grad(lambda obs: policy.evaluate(obs, th.zeros(5)).values.sum())(obs)
+    expected = obs.clone().requires_grad_()
+    policy.evaluate(expected, th.zeros(5)).values.sum().backward()
+    assert_equal([gradient], [expected.grad])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_policy_that_is_traced_answers_other_observations():
     policy, _ = both()
