@@ -122,16 +122,27 @@ def test_what_is_said_of_the_layers_in_language_is_in_the_results() -> None:
     ]
     constant, paper = ("{:.2f}, {:.2f} and {:.2f}".format(*(rows[f"safe-{rule}"] for rows in gold)) for rule in
                        ("constant", "paper"))  # fmt: skip
-    assert f"(a constant threshold at {constant}, the paper's rule at {paper})" in SAID
-    needless = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate", "safe-constant", "safe-paper")
-    assert max(abs(rows[name] - rows["safe"]) for rows in gold for name in needless) < 0.075
+    assert f"(with a constant threshold at {constant}, by the paper's rule at {paper})" in SAID
+    needless = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate")
+    assert max(abs(rows[name] - rows["safe"]) for rows in gold for name in needless) < 0.045
     alone = ("only-penalty", "only-penalty-gate", "only-penalty-threshold", "only-preview")
     needed = ("safe-no-penalty", "safe-no-preview", *alone)
     highest = max(rows[name] for rows in gold for name in needed)
     limited = max(rows["only-penalty-drift"] for rows in gold)
-    assert f"with one of them alone, it ends at {highest:.2f} or less (at {limited:.2f} where the limit" in SAID
-    assert f"on `embedded` ({limited:.2f}, and {gold[0]['only-penalty']:.2f} without it), not on the other two" in SAID
-    assert all(rows["only-penalty-drift"] <= rows["only-penalty"] for rows in gold[1:])
+    assert f"with one of them alone, it ends at {highest:.2f} or less (at {limited:.2f} where the" in SAID
+    drift, free = (final_golds("embedded", f"only-penalty{limit}") for limit in ("-drift", ""))
+    assert f"(on `embedded` {' and '.join(drift)}, without it {' and '.join(free)})" in SAID
+    (steady,), ends = set(final_golds("embedded", "safe-constant")), final_golds("embedded", "safe")
+    assert f"both runs end `embedded` at {steady}, below all ten of SAFE ({min(ends)} or more)" in SAID
+    assert len(ends) == 10
+    assert f"one of two ends `sparse` at {min(final_golds('sparse', 'safe-constant'))}." in SAID
+
+
+def final_golds(task: str, method: str) -> list[str]:
+    """Of every run at 10 times the rate."""
+    start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())[task]
+    paths = sorted((ROOT / "benchmarks/results/rlhf/lr-x10" / task / method).glob("*.json"))
+    return [f"{rlhf_report.measures(json.loads(path.read_text()), start)['final_gold']:.2f}" for path in paths]
 
 
 def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
