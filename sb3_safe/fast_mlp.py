@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from threadpoolctl import LibController, ThreadpoolController
 from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal
 
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
@@ -196,14 +197,11 @@ class FastMlp:
         critic_weight, critic_bias, actor_weight, actor_bias, *log_std = parameters[2 * self.depth :]
         values = th.baddbmm(critic_bias, latents[1:], critic_weight)[..., 0].T
         output = nn.functional.linear(latents[0], actor_weight, actor_bias)
-        if not log_std:
-            log_probs = th.log_softmax(output, dim=-1)
-            taken = log_probs.gather(-1, actions.long().reshape(-1, 1))
-            return values, taken[:, 0], -(log_probs.exp() * log_probs).sum(dim=-1)
-        deviation = (actions - output) * th.exp(-log_std[0])
-        log_density = -0.5 * deviation.square() - log_std[0] - 0.5 * math.log(2 * math.pi)
-        entropy = (log_std[0] + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return values, log_density.sum(dim=-1), entropy.expand(len(output))
+        if log_std:
+            distribution: Any = Independent(Normal(output, th.exp(log_std[0]), validate_args=False), 1, False)
+        else:
+            distribution, actions = Categorical(logits=output, validate_args=False), actions.flatten()
+        return values, distribution.log_prob(actions), distribution.entropy()
 
     def _evaluate(
         self, features: Array, actions: NDArray[Any], arrays: list[Array]
