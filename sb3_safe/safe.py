@@ -555,7 +555,8 @@ class SAFE(ResumableAlgorithm):
         :return: means over all its actions, for the log.
         """
         self.policy.optimizer.zero_grad()
-        self._minibatch_kl = self._measure_kl(pieces) if len(pieces) > 1 and self.kl_estimator != "k1" else None
+        needs_kl = self.controller.active and self.kl_estimator != "k1" and self._trains_policy()
+        self._minibatch_kl = self._measure_kl(pieces) if needs_kl and len(pieces) > 1 else None
         # A subclass's own loss is known to nobody else.
         own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
         if len(pieces) == 1 and not own_loss and not self._any_lost:
