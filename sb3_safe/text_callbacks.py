@@ -155,7 +155,10 @@ class SampleCallback(BaseCallback):
 
 
 def printable(text: str) -> str:
-    """A text with ``?`` for what standard output has no code for: on Windows that of a pipe is seldom UTF-8."""
+    """A text with ``?`` for what standard output has no code for: on Windows that of a pipe is seldom UTF-8.
+
+    :param text: any.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, errors="replace").decode(encoding)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from textgen_env.resolve import resolve
+from textgen_env.resolve import find_folder
 
 #: Loading arguments that say WHERE files are and whether their code may run; others (dtype, ...) concern weights only.
 ACCESS_ARGUMENTS = ("trust_remote_code", "token", "cache_dir", "local_files_only")
@@ -70,7 +70,7 @@ def load_tokenizer(
 
 
 def _tokenizer_of(name: str, argument: str, arguments: Mapping[str, Any]) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name), **arguments)
+    tokenizer = AutoTokenizer.from_pretrained(find_folder(name), **arguments)
     # Where the files are missing, transformers makes an empty one after the model's kind.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"there is no tokenizer; name another one by {argument}=...")

@@ -32,3 +32,16 @@ def resolve(name: str) -> str:
     if not (path.is_dir() or path.is_file()):
         raise FileNotFoundError(f"{name!r}: the package {package!r} has no {inner!r}")
     return str(path)
+
+
+def find_folder(name: str) -> str:
+    """What transformers loads something by: its folder, or its name on the hub.
+
+    :param name: as for :func:`resolve`.
+    :raises FileNotFoundError: it can only be a folder, and there is none; transformers would speak of the hub.
+    """
+    found = resolve(name)
+    is_folder = Path(found).is_absolute() or found.startswith(".") or found.count("/") > 1  # the hub's have one at most
+    if is_folder and not Path(found).exists():
+        raise FileNotFoundError("there is no such folder")
+    return found

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from textgen_env.loading import blaming, file_arguments, load_tokenizer
-from textgen_env.resolve import resolve
+from textgen_env.resolve import find_folder
 from textgen_env.transcripts import conversation, is_transcript
 
 
@@ -243,7 +243,7 @@ def load_classifier(name: str, device: str = "auto", model_kwargs: Mapping[str, 
         arguments = file_arguments(model_kwargs) | dict(model_kwargs or {})
         if device == "cpu":
             arguments.setdefault("dtype", torch.float32)
-        model, report = _from_pretrained(resolve(name), arguments)
+        model, report = _from_pretrained(find_folder(name), arguments)
         # transformers only warns, and goes on with a random head.
         if missing := sorted(report["missing_keys"]):
             own_code = "AutoModelForSequenceClassification" in (getattr(model.config, "auto_map", None) or {})

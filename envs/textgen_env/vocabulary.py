@@ -10,7 +10,7 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from textgen_env.loading import blaming, file_arguments, load_tokenizer
-from textgen_env.resolve import resolve
+from textgen_env.resolve import find_folder, resolve
 
 
 class Vocabulary(NamedTuple):
@@ -100,9 +100,7 @@ def _load_config(model: str, model_kwargs: Mapping[str, Any] | None) -> Any:
     """The configuration of a causal language model."""
     with blaming("model", model, "model_kwargs"):
         arguments = file_arguments(model_kwargs)
-        folder = Path(resolve(model))
-        if (folder.is_absolute() or model.startswith(".")) and not folder.exists():
-            raise FileNotFoundError("there is no such folder")  # transformers would speak of the hub
+        folder = Path(find_folder(model))
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ValueError(
                 "it is an adapter, without its model: merge the two first, as policy.export(path, merged=True) does"

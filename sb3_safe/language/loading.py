@@ -1,11 +1,10 @@
 """Loading a causal language model as the body of a policy."""
 
-from pathlib import Path
 from typing import Any
 
 import torch as th
 from textgen_env.loading import blaming, file_arguments
-from textgen_env.resolve import resolve
+from textgen_env.resolve import find_folder
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,20 +12,19 @@ from sb3_safe.language.body import check_architecture
 
 
 def find_model(model: str) -> str:
-    """What transformers loads a model by: its folder, or its name on the hub.
+    """As :func:`textgen_env.resolve.find_folder`, for a model that a saved run may have named.
 
     :param model: as for :func:`load_language_model`.
-    :raises FileNotFoundError: it can only be a folder, and there is none; transformers would speak of the hub.
+    :raises FileNotFoundError: there is no such folder; the message has what to do if it has moved.
     """
-    name = resolve(model)
-    is_folder = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # the hub's have one at most
-    if is_folder and not Path(name).exists():
+    try:
+        return find_folder(model)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            "there is no such folder. If the model of a saved run has moved, say where it is: SAFE.load(path, "
+            f"{error}. If the model of a saved run has moved, say where it is: SAFE.load(path, "
             "custom_objects={'policy_kwargs': saved | {'model': '/new/folder'}}) with saved = "
             "load_from_zip_file(path)[0]['policy_kwargs'], of stable_baselines3.common.save_util"
-        )
-    return name
+        ) from error
 
 
 def load_language_model(model: str, **kwargs: Any) -> nn.Module:
