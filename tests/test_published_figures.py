@@ -125,6 +125,9 @@ def test_what_is_said_of_the_layers_in_language_is_in_the_results() -> None:
     assert f"(with a constant threshold at {constant}, by the paper's rule at {paper})" in SAID
     needless = ("safe-no-soft-min", "safe-no-huber", "safe-no-gate")
     assert max(abs(rows[name] - rows["safe"]) for rows in gold for name in needless) < 0.045
+    assert max(abs(rows["safe-paper"] - rows["safe"]) for rows in gold) < 0.075
+    assert max(abs(rows["safe-constant"] - rows["safe"]) for rows in gold[:2]) < 0.075
+    assert all(rows["only-penalty-drift"] < rows["safe-no-gate"] - 0.2 for rows in gold)
     alone = ("only-penalty", "only-penalty-gate", "only-penalty-threshold", "only-preview")
     needed = ("safe-no-penalty", "safe-no-preview", *alone)
     highest = max(rows[name] for rows in gold for name in needed)
