@@ -57,6 +57,7 @@ OTHERS = {
     "ppo": "PPO without a KL",
     "ppo-target-kl": "PPO, `target_kl` 0.03",
     "published": "the published rule",
+    "grpo": "GRPO (TRL)",
 }
 
 LAYERS = {
@@ -185,7 +186,7 @@ def own_rates() -> str:
 
 
 def others() -> str:
-    """Final gold of PPO's other forms, and of the paper's code, on the tasks that they were run on."""
+    """Final gold of PPO's other forms, of the paper's code and of GRPO, on the tasks that they were run on."""
     settings = read("rlhf/summary.json")["settings"]
     rows = []
     for method, label in OTHERS.items():

@@ -6,10 +6,10 @@
     python benchmarks/rlhf.py report [--out FOLDER]
     python benchmarks/rlhf.py start
 
-All methods are one class on one code path, with equal budgets (rlhf_settings.py). SAFE has one default for all tasks;
-the KL coefficient of PPO and the target of its adaptive form are tuned per task, on seeds of their own: first
-`--suite tuning` and `report`, which writes tuned.json, then the other suites. The same with the learning rate as well:
-`--suite rates` and `report`, which writes own_rates.json, then `--suite own-rates`.
+All methods but GRPO, which is TRL's, are one class on one code path, with equal budgets (rlhf_settings.py). SAFE has
+one default for all tasks; the KL coefficients of PPO and GRPO and the target of PPO's adaptive form are tuned per task,
+on seeds of their own: first `--suite tuning` and `report`, which writes tuned.json, then the other suites. The same
+with the learning rate as well: `--suite rates` and `report`, which writes own_rates.json, then `--suite own-rates`.
 
 A run is a process with one thread and writes benchmarks/results/rlhf/<setting>/<task>/<method>/<seed>.json when it ends
 (and a .partial with the curve so far until then). Finished runs are skipped, so `run` goes on where it was stopped, and
@@ -60,7 +60,7 @@ SUITES = {
     # Rates and methods are what that has shown.
     "own-rates": Suite((), tuple(TASKS), (), seeds=10),
     "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),
-                  ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published"), seeds=10),
+                  ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "grpo"), seeds=10),
     # Its runs of ppo and safe are those of the main suite.
     "ablation": Suite(("lr-x10",), tuple(TASKS),
                       ("safe", "ppo", *ABLATION), seeds=5),

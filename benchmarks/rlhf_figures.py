@@ -16,7 +16,7 @@ Curves = Mapping[str, Mapping[str, Mapping[str, Runs]]]
 
 COLOURS = {
     "safe": "tab:red", "ppo": "tab:blue", "ppo-kl": "tab:green", "ppo-adaptive": "tab:olive",
-    "ppo-target-kl": "tab:purple", "published": "tab:gray",
+    "ppo-target-kl": "tab:purple", "published": "tab:gray", "grpo": "tab:orange",
 }  # fmt: skip
 NAMES = {"safe": "SAFE", "ppo": "PPO", "ppo-kl": "PPO, tuned KL in the reward"}
 HEADLINE = ("lr-x10", "quick-x10", "lr-x3", "quick", "tuned")

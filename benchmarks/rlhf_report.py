@@ -19,7 +19,8 @@ point before):
 - a run that stopped at NaN writes nothing from there on: gold 0, reward as the untrained model's, for as many texts a
   point as before (median)
 
-``ppo-kl`` and ``ppo-adaptive`` are, on each task, the member of the family with the highest mean final gold in tuning.
+``ppo-kl``, ``ppo-adaptive`` and ``grpo`` are, on each task, the member of the family with the highest mean final gold
+in tuning.
 
 "Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: SAFE's is one for all tasks;
 PPO's is chosen with its coefficient, on each task (``ppo-kl``) and once for all (``ppo-kl-shared``). Iterations to
@@ -52,8 +53,8 @@ Tuning = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 Cell = tuple[str, str, str]
 """Setting, task and method."""
 
-ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", *ABLATION, *METHODS)
-SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "safe")
+ORDER = ("safe", "ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "grpo", *ABLATION, *METHODS)
+SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "grpo", "safe")
 """Whose samples are put side by side."""
 LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")
 SIGNIFICANT = 3.0

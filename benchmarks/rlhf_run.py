@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from rl_statistics import best_of_n
-from rlhf_settings import ENV_ID, METHODS, arguments_of, described
+from rlhf_settings import ENV_ID, GRPO, METHODS, arguments_of, described
 from rlhf_tasks import PROMPTS, TASKS
 from runs import Run, learn, short, versions, write_json
 from stable_baselines3.common.vec_env import VecEnv
@@ -74,11 +74,9 @@ class Recorder(StabilityCallback):
         self.seconds_measuring += time.process_time() - start
 
     def _columns(self, texts: Infos) -> dict[str, float]:
-        scores = gold_scores(self.gold, texts)
         length = float(np.mean([text["episode"]["l"] for text in texts]))
         return {
-            "gold": float(scores.mean()),
-            **({"gold_std": float(scores.std(ddof=1))} if len(scores) > 1 else {}),
+            **gold_columns(self.gold, texts),
             # A mean over all tokens of the rollout, times tokens a text: less noise than the sums of the few texts.
             "kl_per_text": self._kl_per_token() * length,
         }
@@ -108,6 +106,12 @@ def gold_scores(gold: Any, texts: Infos) -> np.ndarray:
     """Gold scores ``[n]`` of finished texts."""
     columns = {f"{name}s": [text[name] for text in texts] for name in ("prompt", "completion")}
     return np.array(gold(**columns, completion_ids=[text["completion_ids"] for text in texts]), dtype=np.float64)
+
+
+def gold_columns(gold: Any, texts: Infos) -> dict[str, float]:
+    """Their mean and its sample deviation, as a row has them."""
+    scores = gold_scores(gold, texts)
+    return {"gold": float(scores.mean())} | ({"gold_std": float(scores.std(ddof=1))} if len(scores) > 1 else {})
 
 
 def curve(rows: Sequence[Mapping[str, float]], max_points: int = MAX_POINTS) -> dict[str, list[float | None]]:
@@ -149,6 +153,12 @@ def _mean(rows: Sequence[Mapping[str, float]], name: str, weight: str | None = N
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+def prepare() -> None:
+    """One thread, and no progress bars."""
+    th.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
 def text_env(task: str, n_texts: int) -> VecEnv:
     """An environment of a task that writes so many texts side by side."""
     return environments.make(ENV_ID, n_texts, {"reward_model": TASKS[task].proxy})
@@ -156,7 +166,7 @@ def text_env(task: str, n_texts: int) -> VecEnv:
 
 def make_model(run: Run) -> SAFE:
     """The algorithm of a run, on its environment."""
-    algorithm, _ = METHODS[run.algorithm]
+    algorithm: Any = METHODS[run.algorithm][0]
     env_kwargs = {"reward_model": TASKS[run.task].proxy}
     return algorithm("auto", ENV_ID, env_kwargs=env_kwargs, seed=run.seed, device="cpu", **arguments_of(run))
 
@@ -178,8 +188,11 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     :param run: which.
     :param path: file of the result; the same with ``.partial`` holds the curve while it trains.
     """
-    th.set_num_threads(1)
-    logging.disable_progress_bar()
+    if METHODS[run.algorithm][0] == GRPO:
+        import rlhf_grpo  # on demand: TRL takes seconds
+
+        return rlhf_grpo.train(run, path)
+    prepare()
     partial = path.with_suffix(".partial")
     recorder, model = Recorder(run.task, partial), make_model(run)
     result = described(run) | learn(model, run, recorder)
@@ -198,8 +211,7 @@ def measure_start(task: str, n_texts: int = 1000) -> dict[str, Any]:
 
     :return: columns of its texts with ``gold`` and ``gold_std``, and ``samples``.
     """
-    th.set_num_threads(1)
-    logging.disable_progress_bar()
+    prepare()
     model = SAFE("auto", ENV_ID, kl_controller="none", seed=0, device="cpu")
     texts = write_texts(model, text_env(task, n_texts), seed=0)
     scores = gold_scores(TASKS[task].gold, texts)

@@ -1,7 +1,7 @@
 """What the RLHF laboratory compares: methods, learning rates, tasks; the arguments of a run by name.
 
-Every method is one class, SAFE, on one code path. With its layers off it is PPO; the fixed and the adaptive KL in PPO's
-reward are controllers of it.
+Every method is one class, SAFE, on one code path, but for GRPO, which is TRL's. With its layers off SAFE is PPO; the
+fixed and the adaptive KL in PPO's reward are controllers of it.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,15 @@ ENV_ID = "TextGenEnv-v0"
 # As small an iteration as shows what is studied: 256 tokens, about 17 texts, 4 gradient steps.
 HYPERPARAMETERS = {"n_envs": 16, "n_steps": 16, "batch_size": 128, "learning_rate": 3e-4}
 TOKENS = HYPERPARAMETERS["n_envs"] * HYPERPARAMETERS["n_steps"]
+# An iteration of GRPO has whole texts: as many as the others write side by side, in as many minibatches and passes.
+GRPO_ARGUMENTS = {
+    "per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2, "num_generations": 8,
+    "max_completion_length": 32, "max_grad_norm": 1.0, "learning_rate": 3e-4, "lr_scheduler_type": "constant",
+    "max_steps": 1_000_000, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+    "save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
+}  # fmt: skip
+GRPO_UPDATES = GRPO_ARGUMENTS["steps_per_generation"] * GRPO_ARGUMENTS["num_iterations"]
+"""Gradient steps on the texts of an iteration."""
 
 
 class Setting(NamedTuple):
@@ -74,13 +83,17 @@ class PublishedSAFE(SAFE):
         return PublishedPolicy
 
 
-Method = tuple[type[SAFE], dict[str, Any]]
+GRPO = "GRPOTrainer"
+"""TRL's class, by its name: importing it takes seconds."""
+Method = tuple[type[SAFE] | str, dict[str, Any]]
 
 PPO: dict[str, Any] = only()
 COEFFICIENTS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Of the KL in PPO's reward, units of reward per nat."""
 TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Of the adaptive coefficient, nats per token."""
+BETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Of GRPO: coefficients of the KL in its loss, where rewards have unit deviation."""
 PRICES = (0.03, 0.05, 0.1)
 """Of SAFE, units of the reward's spread per nat: what its default was chosen from, before drift had a limit."""
 
@@ -108,8 +121,9 @@ ABLATION: dict[str, Method] = {
 FAMILIES: dict[str, dict[str, Method]] = {
     "ppo-kl": {f"ppo-kl-{c:g}": kl_in_reward("fixed", coef=c) for c in COEFFICIENTS},
     "ppo-adaptive": {f"ppo-adaptive-{t:g}": kl_in_reward("adaptive", target=t) for t in TARGETS},
+    "grpo": {f"grpo-{b:g}": (GRPO, {"beta": b}) for b in BETAS},
 }
-UNTUNED = {"ppo-kl": "ppo-kl-0.1", "ppo-adaptive": "ppo-adaptive-0.1"}
+UNTUNED = {"ppo-kl": "ppo-kl-0.1", "ppo-adaptive": "ppo-adaptive-0.1", "grpo": "grpo-0.1"}
 """What stands for a family until it is tuned."""
 METHODS: dict[str, Method] = {
     "safe": (SAFE, {}),
@@ -119,6 +133,7 @@ METHODS: dict[str, Method] = {
     **FAMILIES["ppo-kl"],
     "ppo-kl-0.005": kl_in_reward("fixed", coef=0.005),  # beyond the edge, where the best coefficient is at it: sparse
     **FAMILIES["ppo-adaptive"],
+    **FAMILIES["grpo"],
     **{f"safe-price-{p:g}": safe_with(price=p, max_drift=None) for p in PRICES},
     **STRENGTHS,
     **ABLATION,
@@ -142,10 +157,16 @@ def run_of(setting: str, task: str, method: str, seed: int, iterations: int | No
 
 
 def arguments_of(run: Run) -> dict[str, Any]:
-    """Constructor arguments of a run: the preset's, the laboratory's smaller iteration, the method's own."""
+    """Constructor arguments of a run: the preset's, the laboratory's smaller iteration, the method's own.
+
+    Of GRPO those of its ``GRPOConfig``.
+    """
+    algorithm, own = METHODS[run.algorithm]
+    if algorithm == GRPO:
+        rate = GRPO_ARGUMENTS["learning_rate"] * SETTINGS[run.setting].rate
+        return GRPO_ARGUMENTS | own | {"learning_rate": rate}
     settings = preset(ENV_ID) | HYPERPARAMETERS
     del settings["n_timesteps"], settings["policy"]
-    _, own = METHODS[run.algorithm]
     policy_kwargs = settings["policy_kwargs"] | own.get("policy_kwargs", {})
     rate = settings["learning_rate"] * SETTINGS[run.setting].rate
     return settings | own | {"learning_rate": rate, "policy_kwargs": policy_kwargs}
@@ -153,7 +174,9 @@ def arguments_of(run: Run) -> dict[str, Any]:
 
 def described(run: Run) -> dict[str, Any]:
     """Everything that decides a run's outcome but the code, as JSON: what tells whether a result is still valid."""
-    arguments = arguments_of(run)
+    arguments, (algorithm, _) = arguments_of(run), METHODS[run.algorithm]
+    if isinstance(algorithm, str):
+        return {**run._asdict(), "class": algorithm, "arguments": plain(arguments)}
     controller = CONTROLLERS[arguments.get("kl_controller", "safe")]
     arguments = safe_defaults(LanguagePolicy, controller, "initial", TOKENS) | arguments
-    return {**run._asdict(), "class": METHODS[run.algorithm][0].__name__, "arguments": plain(arguments)}
+    return {**run._asdict(), "class": algorithm.__name__, "arguments": plain(arguments)}

@@ -83,7 +83,8 @@ def short(value: Any) -> float | None:
 def is_divergence(error: Exception) -> bool:
     """Whether an error says that training broke down.
 
-    SB3's distributions refuse NaN with a ValueError. Any other is a mistake in a benchmark, not an outcome.
+    SB3's distributions refuse NaN with a ValueError, PyTorch's sampling with a RuntimeError. Any other is a mistake in
+    a benchmark, not an outcome.
     """
     return re.search(r"invalid values|not finite|infinite|\bnan\b", str(error), re.IGNORECASE) is not None
 
@@ -130,7 +131,7 @@ def learn(model: Any, run: Run, recorder: Any) -> dict[str, Any]:
     wall, cpu, diverged = time.monotonic(), time.process_time(), None
     try:
         model.learn(run.budget, callback=recorder, log_interval=None)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, RuntimeError) as error:
         if not is_divergence(error):
             raise
         diverged = str(error).splitlines()[0][:200]

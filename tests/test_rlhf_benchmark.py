@@ -32,10 +32,16 @@ SHARED = {*HYPERPARAMETERS, "n_epochs", "gamma", "gae_lambda", "max_grad_norm"}
 def test_all_methods_have_the_same_budget_and_hyperparameters(setting: str) -> None:
     safe = rlhf_settings.arguments_of(run_of(setting, "embedded", "safe", 0))
     for method in METHODS:
+        assert run_of(setting, "embedded", method, 0).budget == run_of(setting, "embedded", "safe", 0).budget
         arguments = rlhf_settings.arguments_of(run_of(setting, "embedded", method, 0))
+        if method in FAMILIES["grpo"]:
+            texts = arguments["per_device_train_batch_size"] * arguments["steps_per_generation"]
+            assert (texts, arguments["num_iterations"]) == (safe["n_envs"], safe["n_epochs"])
+            assert arguments["steps_per_generation"] == rlhf_settings.TOKENS / safe["batch_size"]
+            assert all(arguments[name] == safe[name] for name in ("learning_rate", "max_grad_norm"))
+            continue
         assert {name: arguments[name] for name in SHARED} == {name: safe[name] for name in SHARED}
         assert arguments["policy_kwargs"]["critic_rate"] == safe["policy_kwargs"]["critic_rate"]
-        assert run_of(setting, "embedded", method, 0).budget == run_of(setting, "embedded", "safe", 0).budget
 
 
 def test_a_setting_multiplies_the_rate_and_changes_nothing_else() -> None:
@@ -372,3 +378,63 @@ def test_a_process_makes_a_run_and_leaves_nothing_else(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["algorithm"].startswith("ppo-kl-")
     assert result["timesteps"] == rlhf_settings.TOKENS
+
+
+# -- GRPO --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grpo() -> Any:
+    pytest.importorskip("trl")
+    import rlhf_grpo
+
+    return rlhf_grpo.Grpo(run_of("tuned", "length", "grpo-0.1", 0))
+
+
+def test_grpo_is_paid_and_measured_as_the_others_are_for_the_same_texts(grpo: Any) -> None:
+    env = rlhf_run.text_env("length", 8)
+    texts = rlhf_run.write_texts(rlhf_run.make_model(run_of("tuned", "length", "ppo", 0)), env, seed=3)
+    columns = {f"{name}s": [text[name] for text in texts] for name in ("prompt", "completion")}
+    rewards = grpo.score(**columns, completion_ids=[list(text["completion_ids"]) for text in texts])
+    assert rewards == pytest.approx([text["episode"]["r"] for text in texts], abs=1e-4)
+    (row,) = grpo.rows
+    expected = rlhf_run.episode_columns(texts) | rlhf_run.gold_columns(rlhf_tasks.TASKS["length"].gold, texts)
+    shared = ("episodes", "reward", "reward_std", "gold", "gold_std", "length", "stop_share", "distinct_2")
+    assert {name: row[name] for name in shared} == pytest.approx({name: expected[name] for name in shared}, abs=1e-4)
+    assert row["timesteps"] == grpo.num_timesteps == sum(len(text["completion_ids"]) for text in texts)
+    assert row["kl_per_text"] == pytest.approx(0, abs=1e-3)
+
+
+@th.no_grad()
+def test_the_drift_of_grpos_texts_is_that_of_each_by_itself(grpo: Any) -> None:
+    for parameter in grpo.lm.parameters():
+        parameter += 0.3 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0))
+    prompts, written = ["Hotel review:", "About this film: What"], [[7, 300, 1], [20, 21, 22, 23, 24, 25]]
+    together = grpo._kl_and_entropy(prompts, written)
+    alone = [grpo._kl_and_entropy([prompt], [ids]) for prompt, ids in zip(prompts, written, strict=True)]
+    assert together["kl_per_text"] == pytest.approx(np.mean([row["kl_per_text"] for row in alone]), rel=1e-3)
+    assert together["entropy"] == pytest.approx((3 * alone[0]["entropy"] + 6 * alone[1]["entropy"]) / 9, rel=1e-3)
+
+    ids = th.tensor([[*grpo._tokenizer(prompts[0])["input_ids"], *written[0]]])
+    logs, start = (th.log_softmax(lm(ids).logits[0], -1) for lm in (grpo.lm, grpo._start))
+    ends = range(ids.shape[1] - 4, ids.shape[1] - 1)
+    expected = sum((logs - start)[place, ids[0, place + 1]].item() for place in ends)
+    assert abs(expected) > 0.1
+    assert alone[0]["kl_per_text"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_of_grpo_trains_the_model_and_is_reported_like_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    run = run_of("lr-x10", "embedded", "grpo-0.1", 0, iterations=3)
+    result = rlhf_run.train(run, runs.result_file(tmp_path, run))
+    curve = result["curve"]
+    assert (result["class"], result["diverged"]) == ("GRPOTrainer", None)
+    assert curve["timesteps"][-2] < run.budget <= curve["timesteps"][-1] == result["timesteps"]
+    assert curve["episodes"] == [16] * len(curve["episodes"])
+    assert abs(curve["kl_per_text"][-1]) > 0.05
+    start = json.loads(rlhf_run.START_FILE.read_text(encoding="utf-8"))["embedded"]
+    # Of the trained model, on the same prompts with the same random numbers as the untrained one's.
+    assert [sample["prompt"] for sample in result["samples"]] == list(rlhf_tasks.PROMPTS)
+    assert result["samples"] != start["samples"]
+    assert 0 < rlhf_report.measures(result, start)["final_gold"] < 1
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["0.json"]
