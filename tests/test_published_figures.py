@@ -206,8 +206,8 @@ def test_where_safe_learns_faster_is_where_it_is_said_to() -> None:
         }
         for task in ("Pendulum-v1", "CartPole-v1")
     }
-    assert "On Pendulum SAFE learns faster in every row" in SAID
-    assert min(leads["Pendulum-v1"].values()) > 0
+    assert "On Pendulum SAFE learns faster in every row but that of four times the epochs, where it is level" in SAID
+    assert abs(leads["Pendulum-v1"].pop("epochs-x4")) < 5 < min(leads["Pendulum-v1"].values())
     assert (
         "CartPole it does at 20 times the rate, without clipping and with reward noise; elsewhere it is level" in SAID
     )
