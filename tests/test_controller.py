@@ -45,8 +45,8 @@ def test_kl_trackers_start_at_the_first_measurement_and_follow_at_their_own_pace
     short, long = [], []
     for kl in (0.4, 0.2, 0.0):
         controller.update([], kl, 0.0)
-        short.append(controller.kl_short)
-        long.append(controller.kl_long)
+        short.append(controller.metrics()["kl_short"])
+        long.append(controller.metrics()["kl_long"])
     assert short == pytest.approx([0.4, 0.38, 0.342])
     assert long == pytest.approx([0.4, 0.398, 0.39402])
 
@@ -67,18 +67,18 @@ def test_a_kl_that_is_not_finite_enters_no_average(kl: float):
 def test_reward_average_starts_at_the_first_reward():
     controller = SafeController()
     feed(controller, [10.0])
-    assert controller.reward_ema == 10.0
+    assert controller.metrics()["reward_ema"] == 10.0
     feed(controller, [20.0])
-    assert controller.reward_ema == pytest.approx(10.5)
+    assert controller.metrics()["reward_ema"] == pytest.approx(10.5)
 
 
 def test_spread_is_the_running_deviation_of_returns_from_the_average_reward():
     controller = SafeController()
     controller.update([1.0, 3.0], 0.0, 0.0)
-    assert controller.spread == pytest.approx(1.0)
+    assert controller.metrics()["reward_spread"] == pytest.approx(1.0)
     controller.update([2.0, 12.0], 0.0, 0.0)
     # Around the average of before, 2: squares 0 and 100.
-    assert controller.spread == pytest.approx(math.sqrt(0.99 * 1.0 + 0.01 * 50.0))
+    assert controller.metrics()["reward_spread"] == pytest.approx(math.sqrt(0.99 * 1.0 + 0.01 * 50.0))
 
 
 def test_rollouts_with_a_single_episode_find_a_spread_as_soon_as_rewards_differ():
@@ -89,10 +89,12 @@ def test_rollouts_with_a_single_episode_find_a_spread_as_soon_as_rewards_differ(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rollout_without_finished_episodes_leaves_the_reward_state_alone(rule: str):
+def test_a_rollout_without_finished_episodes_leaves_reward_state_and_threshold_alone(rule: str):
     controller = SafeController(threshold=rule)
     feed(controller, [0.0, 1.0, 3.0])
-    names = ("reward_ema", "reward_variance", "velocity", "error", "integral", "pid", "rewards", "first_reward")
+    names = (
+        "reward_ema", "reward_variance", "velocity", "error", "integral", "pid", "rewards", "first_reward", "threshold"
+    )  # fmt: skip
     before = {name: pickle.dumps(getattr(controller, name)) for name in names}
     kl_short = controller.kl_short
     controller.update([], 5.0, 1.0)
@@ -214,8 +216,9 @@ def test_pid_terms_are_those_of_the_definition():
         error = velocity - 0.001
         integral = min(1.0, max(-1.0, integral + error))
         controller.update(returns, 0.0, 0.0)
-        expected = {"p": 0.3 * error, "i": 0.01 * integral, "d": 0.05 * (error - last_error)}
-        assert controller.pid == pytest.approx(expected)
+        expected = [velocity, 0.3 * error, 0.01 * integral, 0.05 * (error - last_error)]
+        logged = controller.metrics()
+        assert [logged[name] for name in ("reward_velocity", "pid_p", "pid_i", "pid_d")] == pytest.approx(expected)
         last_error = error
 
 
@@ -284,10 +287,11 @@ def test_the_papers_threshold_is_base_times_pid_times_phase():
     seen = set()
     for reward in [0.0] * 8 + [1.0, 2.0, 3.0] + [3.0] * 8:
         feed(controller, [reward])
-        assert controller.threshold == pytest.approx(
-            0.3 * (1 + sum(controller.pid.values())) * factors[controller.phase]
-        )
-        seen.add(controller.phase)
+        logged = controller.metrics()
+        phase = PHASES[int(logged["phase"])]
+        expected = 0.3 * (1 + logged["pid_p"] + logged["pid_i"] + logged["pid_d"]) * factors[phase]
+        assert logged["threshold"] == pytest.approx(expected)
+        seen.add(phase)
     assert seen == set(PHASES)
 
 
@@ -469,8 +473,10 @@ def test_a_controller_that_is_already_built_is_refused_with_the_fix():
         ("safe", {"kl_short_decay": 1.0}),
         ("safe", {"kl_long_decay": -0.1}),
         ("safe", {"reward_decay": math.nan}),
+        ("safe", {"warmup": -1}),
         ("safe", {"window": 1}),
         ("safe", {"entropy_floor": "low"}),
+        ("safe", {"entropy_floor": math.inf}),
         ("fixed", {"coef": -0.1}),
         ("adaptive", {"target": 0.0}),
         ("adaptive", {"horizon": -1.0}),
