@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_safe import SAFE
+from sb3_safe.trust_bound import preview_scale, surely_within
 from tests.tiny_envs import TinyEnv
 
 FAR = [{"approx_kl": 1.0, "actions": 64}] * 2
@@ -42,13 +43,11 @@ class Watched(SAFE):
         self.__dict__.setdefault("kept", []).append(self.logger.name_to_value["safe/update_kept"])
 
 
-def watched(env_id: str = "CartPole-v1", **kwargs: Any) -> Watched:
+def watched(kind: type[Watched] = Watched, env_id: str = "CartPole-v1", **kwargs: Any) -> Watched:
     # PPO's own clip would hold back much of what is tried here, and so would a threshold for so few actions.
     defaults: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0, "clip_range": 100.0}
     defaults["kl_controller_kwargs"] = {"tau_base": 0.02}
-    return Watched(
-        "MlpPolicy", make_vec_env(env_id, 2, seed=0), policy_kwargs={"net_arch": [16]}, **(defaults | kwargs)
-    )
+    return kind("MlpPolicy", make_vec_env(env_id, 2, seed=0), policy_kwargs={"net_arch": [16]}, **(defaults | kwargs))
 
 
 @pytest.mark.parametrize("learning_rate", [1e-2, 1e-1, 1.0])
@@ -66,7 +65,7 @@ def watched(env_id: str = "CartPole-v1", **kwargs: Any) -> Watched:
 def test_no_update_moves_the_policy_beyond_the_bound_and_training_goes_on(
     env_id: str, kwargs: dict[str, Any], learning_rate: float
 ):
-    model = watched(env_id, learning_rate=learning_rate, max_preview_kl=0.01, **kwargs).learn(5 * 128)
+    model = watched(env_id=env_id, learning_rate=learning_rate, max_preview_kl=0.01, **kwargs).learn(5 * 128)
     assert len(model.kls) == 5
     assert max(model.kls) <= 0.01 * (1 + 1e-4)
     assert max(model.kls) > 1e-4
@@ -176,7 +175,7 @@ def test_a_leap_of_the_last_step_is_walked_back_though_no_minibatch_measured_it(
 
 def test_minibatches_of_a_few_actions_do_not_vouch_for_the_rest():
     settings = {"n_steps": 3, "batch_size": 2, "n_epochs": 1, "learning_rate": 0.3, "max_preview_kl": 0.02, "seed": 2}
-    model = watched("Acrobot-v1", **settings).learn(6 * 40)
+    model = watched(env_id="Acrobot-v1", **settings).learn(6 * 40)
     assert max(model.kls) <= 0.02 * 1.01
     assert max(model.kept) == 1
 
@@ -244,6 +243,35 @@ def test_the_preview_shrinks_a_step_by_the_root_of_the_foreseen_excess():
 @pytest.mark.parametrize("kls", [(0.1, math.inf), (math.inf, math.inf), (0.0, math.inf)])
 def test_an_infinite_kl_stops_the_next_step(kls: tuple[float, float]):
     assert preview(watched(max_preview_kl=0.04), *kls) == 0.0
+
+
+def test_minibatches_vouch_for_a_last_step_of_twice_the_longest_before():
+    kls = [0.0, 0.01, 0.04, 0.04]  # at distances of 0, 0.1, 0.2 and 0.2, so the end is within 0.4
+    assert surely_within(kls, 0.161)
+    assert not surely_within(kls, 0.159)
+    assert not surely_within(kls[:1], 0.161)
+    assert not surely_within([*kls, math.nan], 0.161)
+
+
+def test_a_kl_that_rounding_made_negative_is_no_distance():
+    assert preview_scale(-1e-9, -1e-9, 0.04) == 1.0
+    assert surely_within([-1e-9, 0.01], 0.1)
+
+
+def test_the_controller_is_told_the_kl_of_the_last_epoch_at_the_share_of_the_update_that_was_kept():
+    for bound, whole in ((None, True), (1e-3, False)):
+        measured: list[float] = []
+
+        class Recorder(Watched):
+            def _gradient(self, pieces: Any, seen: list[float] = measured) -> dict[str, float]:
+                means = super()._gradient(pieces)
+                seen.append(means["approx_kl"])
+                return means
+
+        model = watched(Recorder, learning_rate=0.03, n_epochs=3, max_preview_kl=bound).learn(128)
+        assert (model.kept == [1.0]) == whole
+        # The KL grows with the square of the distance.
+        assert model.measured_kl == pytest.approx(np.mean(measured[-4:]) * model.kept[0] ** 2) != 0
 
 
 def test_an_update_that_was_undone_after_an_epoch_that_is_not_finite_leaves_the_controller_a_kl_of_zero():
