@@ -342,6 +342,14 @@ def test_while_the_critics_warm_up_the_actors_head_has_no_gradient_and_its_hidde
         assert all(critic.any() for critic in critics)
 
 
+def test_equal_advantages_teach_the_actor_nothing():
+    model, batch = trained("CartPole-v1")
+    model.policy.optimizer.zero_grad()
+    model.policy.fast_gradient(batch._replace(advantages=th.full((32,), 3.0)), model._objective())
+    assert model.policy.action_net.weight.grad.abs().max() == 0
+    assert all(th.isfinite(parameter.grad).all() for parameter in model._trainable())
+
+
 def test_gradients_of_minibatches_add_up():
     model, batch = trained("CartPole-v1")
     sums = []

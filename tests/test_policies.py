@@ -140,6 +140,32 @@ def test_critics_start_different(kwargs: dict[str, Any]):
     assert all((values[:, i] - values[:, j]).abs().min() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+@pytest.mark.parametrize("ortho_init", [True, False])
+def test_further_critics_start_as_sb3_starts_its_own(ortho_init: bool):
+    policy = make(TwinCriticPolicy, n_critics=3, net_arch=[3, 3], ortho_init=ortho_init)
+    for weights in policy.bodies.weights:
+        for weight in weights[1:].detach():
+            assert th.allclose(weight @ weight.T, 2 * th.eye(3), atol=1e-5) == ortho_init
+    for head in policy.value_weight.detach():
+        assert (head.norm().item() == pytest.approx(1.0)) == ortho_init
+    assert (policy.value_bias.abs().max().item() == 0) == ortho_init
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"optimizer_kwargs": {"foreach": True}},
+        {"optimizer_kwargs": {"fused": False}},
+        {"optimizer_class": th.optim.RMSprop},
+    ],
+    ids=str,
+)
+def test_an_optimizer_of_ones_own_is_made_as_asked(kwargs: dict[str, Any]):
+    optimizer = make(TwinCriticPolicy, **kwargs).optimizer
+    assert type(optimizer) is kwargs.get("optimizer_class", th.optim.Adam)
+    assert not optimizer.defaults.get("fused")
+
+
 def test_every_critic_is_trained_by_its_own_error_alone():
     policy = make(TwinCriticPolicy, n_critics=2)
     obs = observations()
@@ -393,6 +419,30 @@ def test_a_saved_policy_loads_as_it_was(tmp_path: Path, with_extras: bool):
         np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-6)
     if with_extras:
         np.testing.assert_allclose(loaded.exact_kl(obs).detach(), policy.exact_kl(obs).detach(), atol=1e-6)
+
+
+def test_what_part_of_a_state_leaves_out_stays_as_it_is():
+    policy = make(TwinCriticPolicy)
+    policy.freeze_reference()
+    policy.make_target_critics()
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    part = {name: before[name] + 1.0 for name in ("action_net.weight", "value_weight")}
+    policy.load_state_dict(part, strict=False)
+    for name, tensor in policy.state_dict().items():
+        assert th.equal(tensor, (before | part)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("space", "kwargs"),
+    [
+        (spaces.Box(0.0, 1.0, (1, 36, 36), np.float32), {"normalize_images": False}),
+        (VECTOR, {"features_extractor_class": FlattenExtractor}),
+    ],
+    ids=["scaled", "own-extractor"],
+)
+def test_a_cnn_policy_takes_what_its_extractor_takes(space: spaces.Space[Any], kwargs: dict[str, Any]):
+    policy = make(TwinCriticCnnPolicy, space, **kwargs)
+    assert policy.predict_values(observations(space)).shape == (5, 1)
 
 
 # -- what a subclass may change ----------------------------------------------------------------------------------------
