@@ -108,7 +108,7 @@ UNFIT: dict[str, list[Any]] = {
     "critic_warmup": [-1, 1.5, None],
     "n_envs": [2.0, None],
     "stats_window_size": [0, 10.0, None],
-    "seed": [-1, 0.5],
+    "seed": [-1, 0.5, 2**32],
 }
 
 
@@ -332,6 +332,21 @@ def test_an_observation_that_is_not_finite_is_traced_and_leaves_the_last_good_mo
     assert model.controller.metrics() == controller
 
 
+class PoisonedNumbers(TinyEnv):
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        self.total = getattr(self, "total", 0) + 1
+        return observation | {"numbers": np.full(2, math.nan if self.total > 40 else 0.5, np.float32)}, *rest
+
+
+def test_of_observations_by_key_the_one_that_is_not_finite_is_named_and_leaves_the_last_good_statistics():
+    env = VecNormalize(DummyVecEnv([lambda: PoisonedNumbers("dict")]), norm_obs_keys=["numbers"])
+    model = SAFE("auto", env, **SMALL)
+    with pytest.raises(NonFiniteError, match="observation numbers of environment 0 is nan"):
+        model.learn(64)
+    assert np.isfinite(env.obs_rms["numbers"].mean).all()
+
+
 def poison(model: SAFE, which: Callable[[int], bool]) -> None:
     """Make the loss of some minibatches, told by their number, NaN."""
     gradient, calls = model._gradient, itertools.count()
@@ -438,6 +453,19 @@ def test_whatever_an_environment_raises_what_was_learned_is_saved_and_training_c
         model.learn(512)
     assert SAFE.load(caught.value.__notes__[0].split(" saved to ")[1]).num_timesteps == model.num_timesteps
     model.learn(64, reset_num_timesteps=False)  # from a reset on
+
+
+def test_a_run_that_is_interrupted_by_hand_leaves_no_file(tmp_path: Path):
+    model = SAFE("MlpPolicy", "Tiny-vector-discrete-v0", **SMALL)
+
+    def interrupt(*_: Any) -> None:
+        if model.num_timesteps == 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        model.learn(512, callback=interrupt)
+    assert model._n_updates > 0
+    assert not hasattr(caught.value, "__notes__") and not list(tmp_path.rglob("*.zip"))
 
 
 def test_a_model_that_cannot_be_saved_does_not_hide_the_error(tmp_path: Path):

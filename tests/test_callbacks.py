@@ -156,6 +156,21 @@ def test_a_run_that_goes_on_continues_its_file_and_a_new_run_begins_one(tmp_path
     assert [row["timesteps"] for row in rows_of(tmp_path)] == [128]
 
 
+def test_the_row_of_an_update_that_failed_is_not_written_when_training_goes_on() -> None:
+    callback, model = StabilityCallback(), make(PPO)
+    train = model.train
+
+    def fails() -> None:
+        model.train = train
+        raise ConnectionError
+
+    model.train = fails
+    with pytest.raises(ConnectionError):
+        model.learn(128, callback=callback)
+    model.learn(128, callback=callback, reset_num_timesteps=False)
+    assert [row["timesteps"] for row in callback.rows] == [256]
+
+
 def test_a_run_goes_on_from_a_file_with_empty_lines_and_rows_without_seconds(tmp_path: Path) -> None:
     """Which the report takes too."""
     write_json_lines(tmp_path / "stability.jsonl", [{"timesteps": 64, "seconds": 50.0}, {"timesteps": 128}])

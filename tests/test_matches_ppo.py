@@ -31,12 +31,12 @@ class Actions(BaseCallback):
 
 
 def train(
-    algorithm: Any, policy: str, env_id: str, policy_kwargs: dict[str, Any], **kwargs: Any
+    algorithm: Any, policy: str, env_id: str, own: dict[str, Any], policy_kwargs: Any = None, **kwargs: Any
 ) -> tuple[Any, list[np.ndarray]]:
     """Build and learn in one go: two models at once would share NumPy's and torch's generators."""
     env = make_vec_env(env_id, N_ENVS, seed=7)
     settings = {"n_steps": N_STEPS, "batch_size": 16, "n_epochs": 3, "seed": 3} | kwargs
-    model = algorithm(policy, env, policy_kwargs={"net_arch": [16, 8], **policy_kwargs}, **settings)
+    model = algorithm(policy, env, policy_kwargs={"net_arch": [16, 8], **(policy_kwargs or {}), **own}, **settings)
     actions = Actions()
     model.learn(UPDATES * N_ENVS * N_STEPS, callback=actions)
     return model, actions.rollouts
@@ -72,6 +72,12 @@ def steps_taken(model: Any) -> float:
         pytest.param("MlpPolicy", "CartPole-v1", {}, id="discrete"),
         pytest.param("MlpPolicy", "Pendulum-v1", {"gamma": 0.9}, id="box"),
         pytest.param("MlpPolicy", "Pendulum-v1", {"use_sde": True, "sde_sample_freq": 4}, id="sde"),
+        pytest.param(
+            "MlpPolicy",
+            "Pendulum-v1",
+            {"use_sde": True, "ent_coef": 0.1, "policy_kwargs": {"squash_output": True}},
+            id="squashed",
+        ),
         pytest.param("MlpPolicy", "Tiny-vector-multi_discrete-v0", {"ent_coef": 0.01}, id="multi_discrete"),
         pytest.param("MlpPolicy", "Tiny-vector-multi_binary-v0", {"ent_coef": 0.01}, id="multi_binary"),
         pytest.param("MultiInputPolicy", "Tiny-dict-box-v0", {}, id="dict"),

@@ -169,13 +169,14 @@ def test_the_safe_controller_punishes_only_beyond_its_threshold():
     np.testing.assert_allclose(gradients[2] - gradients[0], coefficient * slopes(model, batch), rtol=1e-4, atol=1e-6)
 
 
-def certain(max_drift: float | None, log_odds: float = 12.0) -> SAFE:
+def certain(max_drift: float | None, log_odds: float = 12.0, **kwargs: Any) -> SAFE:
     """A policy that has become certain of one of three actions, which its start took a third of the time."""
     model = make(
         "Tiny-vector-discrete-v0",
         kl_reference="initial",
         kl_controller_kwargs={"max_drift": max_drift, "coef": 0.5},
         learning_rate=2e-2,
+        **kwargs,
     )
     with th.no_grad():
         model.policy.action_net.bias[0] += log_odds
@@ -213,6 +214,15 @@ def test_an_action_is_unlearned_however_certain_the_policy_is(log_odds: float):
     before = gap()
     model.learn(10 * 32)
     assert gap() < before - 1.0
+
+
+def test_while_the_critics_warm_up_no_action_is_unlearned():
+    model = certain(1.0, critic_warmup=2)
+    head = model.policy.action_net.weight
+    before = head.detach().clone()
+    assert th.equal(model.learn(2 * 32).policy.action_net.weight, before)
+    model.learn(32, reset_num_timesteps=False)
+    assert not th.equal(head, before)
 
 
 def test_a_limit_that_nothing_passes_changes_nothing():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_safe import SAFE, FixedKL, KLController
@@ -351,6 +352,15 @@ def test_a_stream_will_do_for_a_file():
     assert_same_state(model.policy.state_dict(), SAFE.load(stream).policy.state_dict())
 
 
+def test_a_file_has_what_is_asked_for_and_nothing_of_the_rollout(tmp_path: Path):
+    model = trained()
+    model.save(tmp_path / "usual")
+    model.save(tmp_path / "asked", exclude=["ep_info_buffer"], include=["_finished_returns"])
+    usual, asked = (set(load_from_zip_file(tmp_path / name)[0]) for name in ("usual", "asked"))
+    assert asked ^ usual == {"ep_info_buffer", "_finished_returns"}
+    assert usual.isdisjoint({"_finished_returns", "_last_good", "rollout_buffer"})
+
+
 @pytest.mark.parametrize("kind", ["default", "everything"])
 def test_parameters_can_be_set_in_place(kind: str):
     source, target = trained(**KINDS[kind]), trained(**(KINDS[kind] | {"seed": 9}))
@@ -467,6 +477,14 @@ def test_statistics_survive_a_model_without_environment_and_come_with_the_next(t
         np.testing.assert_array_equal(restored.obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
         assert loaded.env is restored
     assert model._normalizer is None
+
+
+def test_episodes_go_on_after_set_env_where_they_are_not_to_be_reset():
+    model = trained()
+    model.set_env(model.env, force_reset=False)
+    assert model._last_obs is not None
+    model.set_env(model.env)
+    assert model._last_obs is None
 
 
 def test_statistics_go_along_to_the_next_environment():

@@ -167,6 +167,33 @@ def test_attributes_and_methods_are_those_of_the_vector_environment():
     assert env.env_is_wrapped(gym.Wrapper) == [False, False]
 
 
+class Grey(TinyEnv):
+    def render(self) -> np.ndarray:
+        return np.full((4, 4, 3), 100 * self.unwrapped.length, np.uint8)
+
+
+def test_what_the_environments_render_is_one_picture():
+    makers = [lambda: Grey(length=1, render_mode="rgb_array"), lambda: Grey(length=2, render_mode="rgb_array")]
+    native = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = GymVecEnv(native)
+    assert set(np.unique(env.render())) >= {100, 200}
+    env.close()
+    assert native.closed
+    blind = CountersVec()
+    blind.render = lambda: None  # type: ignore[method-assign]
+    assert GymVecEnv(blind).get_images() == [None, None]
+
+
+def test_an_environment_that_does_not_tell_its_attributes_gets_what_fits_its_observations():
+    class Silent(DummyVecEnv):
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            if attr_name == "metadata":
+                raise NotImplementedError
+            return super().get_attr(attr_name, indices)
+
+    assert environments.fitting_policy(Silent([TinyEnv])) == "MlpPolicy"
+
+
 def test_an_id_with_a_native_same_step_form_is_made_in_that_form():
     env = environments.make("Counters-v0", 3, {"start": 5.0})
     assert isinstance(env, GymVecEnv)
