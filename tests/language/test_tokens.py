@@ -77,6 +77,23 @@ def test_the_token_that_was_chosen_always_stays() -> None:
     np.testing.assert_allclose(kept, th.log_softmax(logits, -1), atol=1e-6)
 
 
+def test_the_kl_is_that_of_the_whole_vocabulary_though_few_of_it_may_be_chosen() -> None:
+    logits, reference = th.randn(2, 4, 9, generator=th.Generator().manual_seed(0))
+    lm, new_tokens = OutputLayer(9), th.zeros(4, dtype=th.long)
+    kl = TokenDistribution(temperature=0.7, top_k=3, top_p=0.5).kl(lm, logits, lm, reference, new_tokens)
+    ours, theirs = (
+        np.exp(x / 0.7) / np.exp(x / 0.7).sum(-1, keepdims=True) for x in (logits.numpy(), reference.numpy())
+    )
+    np.testing.assert_allclose(kl, (ours * np.log(ours / theirs)).sum(-1), rtol=1e-4)
+
+
+def test_probabilities_are_in_single_precision_whatever_the_model_is_in() -> None:
+    logits = th.randn(4, 50, generator=th.Generator().manual_seed(0)).bfloat16()
+    actual = log_probs(logits)
+    assert actual.dtype == th.float32
+    np.testing.assert_allclose(actual, th.log_softmax(logits.double(), -1), atol=1e-5)
+
+
 @pytest.mark.parametrize("restriction", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8, "temperature": 1.3}])
 def test_writing_and_training_agree_under_restrictions(restriction: Any, env_kwargs: dict[str, Any]) -> None:
     """Also after updates, where what is left may have changed: ratios stay finite."""
