@@ -41,6 +41,12 @@ def test_groups_of_segments_are_joined_until_none_is_small_and_large_ones_are_le
         assert [group.tolist() for group in merged] == [group.tolist() for group in groups]
 
 
+def test_the_smallest_group_joins_the_smaller_of_its_neighbours() -> None:
+    lengths = np.array([9, 5, 8, 30, 2, 40])
+    merged = merge_small([np.array([segment]) for segment in range(6)], lengths, 8)
+    assert [group.tolist() for group in merged] == [[0], [1, 2], [3, 4], [5]]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_minibatch_has_so_few_actions_that_they_cannot_be_compared(seed: int) -> None:
     """Though texts are longer than a minibatch, or of one token."""

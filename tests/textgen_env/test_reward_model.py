@@ -239,7 +239,8 @@ def test_loading_arguments_reach_the_model_and_a_cpu_runs_in_half_precision(llam
     assert (half.model.dtype, half.model.config._attn_implementation) == (torch.bfloat16, "eager")
     assert np.allclose(half([HH_PROMPT], [" yes"]), RewardModel(llama)([HH_PROMPT], [" yes"]), atol=0.1)
     half.model.save_pretrained(tmp_path)
-    assert load_classifier(str(tmp_path), model_kwargs={"dtype": "auto"}).dtype == torch.bfloat16
+    assert load_classifier(str(tmp_path), "cpu", {"dtype": "auto"}).dtype == torch.bfloat16
+    assert load_classifier(str(tmp_path), "cpu").dtype == torch.float32
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

@@ -60,6 +60,18 @@ def test_the_first_of_several_strings_ends_the_text(tokenizer: Any) -> None:
     assert write(env, tokenizer(" was bad. The bed was good")["input_ids"])[1]["completion"] == " was bad"
 
 
+@pytest.mark.parametrize("strings", [["!", "was good"], ["od", "was good"]])
+def test_the_longest_of_several_strings_is_found_and_the_one_that_begins_first_is_cut_off(
+    strings: list[str], tokenizer: Any
+) -> None:
+    """Though the last token alone contains a shorter one, or no token contains it."""
+    env = TextGenEnv(stop_strings=strings, reward_model=zero)
+    env.reset(options={"prompt": "Hotel review: The room"})
+    ids = tokenizer(" was good")["input_ids"]
+    number, info = write(env, ids)
+    assert (number, info["completion"], info["finish_reason"]) == (len(ids), " ", "stop")
+
+
 def test_rows_stop_each_for_itself(tokenizer: Any) -> None:
     envs = TextGenVectorEnv(3, stop_strings=["."], reward_model=zero)
     envs.reset(seed=0)
