@@ -47,7 +47,7 @@ class Grpo(TrainerCallback):
         #: CPU seconds of measuring, which are no part of training.
         self.seconds_measuring = 0.0
         self._written = time.monotonic()
-        self._reward = make_reward(self.task.proxy, device="cpu")
+        self._reward = make_reward(self.task.proxy)
         self._tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
         self.lm = load_model()
         self._start = copy.deepcopy(self.lm).eval()

@@ -383,22 +383,22 @@ def test_a_process_makes_a_run_and_leaves_nothing_else(tmp_path: Path) -> None:
 # -- GRPO --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def grpo() -> Any:
+def make_grpo(task: str) -> Any:
     pytest.importorskip("trl")
     import rlhf_grpo
 
-    return rlhf_grpo.Grpo(run_of("tuned", "length", "grpo-0.1", 0))
+    return rlhf_grpo.Grpo(run_of("tuned", task, "grpo-0.1", 0))
 
 
-def test_grpo_is_paid_and_measured_as_the_others_are_for_the_same_texts(grpo: Any) -> None:
-    env = rlhf_run.text_env("length", 8)
-    texts = rlhf_run.write_texts(rlhf_run.make_model(run_of("tuned", "length", "ppo", 0)), env, seed=3)
+@pytest.mark.parametrize("task", list(rlhf_tasks.TASKS))
+def test_grpo_is_paid_and_measured_as_the_others_are_for_the_same_texts(task: str) -> None:
+    grpo, env = make_grpo(task), rlhf_run.text_env(task, 8)
+    texts = rlhf_run.write_texts(rlhf_run.make_model(run_of("tuned", task, "ppo", 0)), env, seed=3)
     columns = {f"{name}s": [text[name] for text in texts] for name in ("prompt", "completion")}
     rewards = grpo.score(**columns, completion_ids=[list(text["completion_ids"]) for text in texts])
     assert rewards == pytest.approx([text["episode"]["r"] for text in texts], abs=1e-4)
     (row,) = grpo.rows
-    expected = rlhf_run.episode_columns(texts) | rlhf_run.gold_columns(rlhf_tasks.TASKS["length"].gold, texts)
+    expected = rlhf_run.episode_columns(texts) | rlhf_run.gold_columns(rlhf_tasks.TASKS[task].gold, texts)
     shared = ("episodes", "reward", "reward_std", "gold", "gold_std", "length", "stop_share", "distinct_2")
     assert {name: row[name] for name in shared} == pytest.approx({name: expected[name] for name in shared}, abs=1e-4)
     assert row["timesteps"] == grpo.num_timesteps == sum(len(text["completion_ids"]) for text in texts)
@@ -406,7 +406,8 @@ def test_grpo_is_paid_and_measured_as_the_others_are_for_the_same_texts(grpo: An
 
 
 @th.no_grad()
-def test_the_drift_of_grpos_texts_is_that_of_each_by_itself(grpo: Any) -> None:
+def test_the_drift_of_grpos_texts_is_that_of_each_by_itself() -> None:
+    grpo = make_grpo("length")
     for parameter in grpo.lm.parameters():
         parameter += 0.3 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0))
     prompts, written = ["Hotel review:", "About this film: What"], [[7, 300, 1], [20, 21, 22, 23, 24, 25]]
