@@ -5,6 +5,7 @@ the finished episodes, KL to the reference, entropy) and answers with the coeffi
 with the model. :class:`SafeController` is the paper's; the others are the usual baselines.
 """
 
+import inspect
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -382,7 +383,8 @@ def make_controller(
     """Build a controller from its name or class.
 
     :param controller: one of :data:`CONTROLLERS`, or a subclass of :class:`KLController`.
-    :param defaults: arguments of a :class:`SafeController` that ``kwargs`` does not have.
+    :param defaults: arguments of a :class:`SafeController` that ``kwargs`` does not have; a subclass with a constructor
+        of its own gets those that it takes.
     :param kwargs: arguments of its constructor.
     :raises ValueError: unknown name, or an argument that the controller does not take or accept.
     """
@@ -396,7 +398,9 @@ def make_controller(
             "FixedKL, and its arguments as kl_controller_kwargs"
         )
     if issubclass(controller, SafeController):
-        kwargs = {**defaults, **kwargs}
+        takes = inspect.signature(controller).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        kwargs = {name: value for name, value in defaults.items() if takes_any or name in takes} | kwargs
     try:
         return controller(**kwargs)
     except TypeError as error:

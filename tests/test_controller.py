@@ -450,6 +450,21 @@ def test_a_controller_of_ones_own_is_made_from_its_class():
     assert make_controller(Mine, {"tau_base": 0.1}, strength=3.0).strength == 3.0
 
 
+def test_a_subclass_of_ones_own_gets_the_defaults_that_its_constructor_takes():
+    class TakesNothing(SafeController):
+        def __init__(self) -> None:
+            super().__init__(coef=1.0)
+
+    class TakesAll(SafeController):
+        def __init__(self, strength: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(coef=strength, **kwargs)
+
+    defaults = {"price": 0.0, "tau_base": 0.02}
+    assert make_controller(TakesNothing, defaults).coef == 1.0
+    made = make_controller(TakesAll, defaults, strength=3.0)
+    assert (made.coef, made.price, made.tau_base) == (3.0, 0.0, 0.02)
+
+
 def test_an_unknown_controller_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"kl_controller='pid'.*adaptive.*fixed.*none.*safe"):
         make_controller("pid", {"tau_base": 0.1})
