@@ -154,8 +154,11 @@ def test_seed_and_options_are_used_once():
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
 def test_another_way_of_resetting_is_refused_with_the_fix(mode: AutoresetMode):
-    with pytest.raises(ValueError, match=r"env: SyncVectorEnv.*SAME_STEP.*make_vec"):
+    with pytest.raises(ValueError, match=r"env: SyncVectorEnv.*SAME_STEP.*make_vec") as refused:
         GymVecEnv(SyncVectorEnv([TinyEnv], autoreset_mode=mode))
+    fix = str(refused.value).partition("create it with ")[2]
+    names = {"gymnasium": gym, "AutoresetMode": AutoresetMode, "id": "CartPole-v1", "n": 2}
+    assert GymVecEnv(eval(fix, names)).num_envs == 2
 
 
 def test_attributes_and_methods_are_those_of_the_vector_environment():
