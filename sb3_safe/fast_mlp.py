@@ -1,8 +1,10 @@
-"""Plain MLP policies on the CPU: acting in NumPy, and training as one node of the autograd graph.
+"""Plain MLP policies on the CPU: acting in NumPy, and training by a gradient that is written out.
 
 Networks of a few thousand weights spend their time in dispatching operations, not in arithmetic. A call of NumPy costs
-a third of one of torch and its tanh a tenth, and a gradient that is written out replaces thirty nodes of the graph.
-The arrays are the memory of the parameters; results and random numbers are those of the general path, to rounding.
+a third of one of torch and its tanh a tenth, and a written-out gradient replaces thirty nodes of autograd's graph.
+Training adds it to the parameters without a graph (``accumulate_gradient``); for whatever else differentiates,
+``evaluate`` is one node of the graph. NumPy arrays share memory with the torch parameters; results and random numbers
+are those of the general path, to rounding.
 
 Shapes: ``B`` actions, ``K`` critics, ``N = K + 1`` networks side by side with the actor first, ``A`` outputs of the
 actor. The batch comes last where a reduction is over another axis, for which NumPy is fast in this order only.
