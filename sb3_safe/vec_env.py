@@ -120,21 +120,11 @@ def _row(infos: dict[str, Any], index: int) -> dict[str, Any]:
     """One row of gymnasium's dict of arrays, where ``_key`` masks ``key``."""
     row: dict[str, Any] = {}
     for key, value in infos.items():
-        if key.startswith("_") or not infos.get(f"_{key}", _ALL)[index]:
-            continue
-        row[key] = _row(value, index) if isinstance(value, dict) else _scalar(value[index])
+        mask = infos.get(f"_{key}")  # a key without one has a value in every row
+        if not key.startswith("_") and (mask is None or mask[index]):
+            row[key] = _row(value, index) if isinstance(value, dict) else _scalar(value[index])
     return row
 
 
 def _scalar(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
-
-
-class _All:
-    """The mask of a key that has none: every row has a value."""
-
-    def __getitem__(self, index: int) -> bool:
-        return True
-
-
-_ALL = _All()
