@@ -215,20 +215,6 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (th.exp(log_p) * log_ratio).sum(dim=-1)
 
 
-def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """Exact ``KL(p || q)`` of diagonal Gaussians, summed over the last dimension.
-
-    :param mean_p: ``[..., D]``
-    :param log_std_p: broadcastable to ``[..., D]``
-    :param mean_q: ``[..., D]``
-    :param log_std_q: broadcastable to ``[..., D]``
-    :return: ``[...]``
-    """
-    variance_ratio = th.exp(2 * (log_std_p - log_std_q))
-    distance = ((mean_p - mean_q) * th.exp(-log_std_q)).square()
-    return (0.5 * (variance_ratio + distance - 1) - (log_std_p - log_std_q)).sum(dim=-1)
-
-
 def normalize(advantages: Tensor) -> Tensor:
     """Zero mean and unit standard deviation over the minibatch; a single value is left as it is.
 

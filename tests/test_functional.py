@@ -214,19 +214,6 @@ def test_excluding_an_action_does_not_poison_the_gradient_of_the_kl():
     assert th.isfinite(gradient).all()
 
 
-def test_gaussian_kl_agrees_with_torch():
-    mean_p, mean_q, log_std_p, log_std_q = (th.randn(6, 4, dtype=th.float64) for _ in range(4))
-    normals = (th.distributions.Normal(m, s.exp()) for m, s in ((mean_p, log_std_p), (mean_q, log_std_q)))
-    expected = th.distributions.kl_divergence(*normals).sum(-1)
-    np.testing.assert_allclose(functional.gaussian_kl(mean_p, log_std_p, mean_q, log_std_q), expected, rtol=1e-10)
-
-
-def test_gaussian_kl_takes_one_standard_deviation_for_all_rows():
-    mean_p, mean_q, log_std = th.randn(6, 4), th.randn(6, 4), th.randn(4)
-    expected = 0.5 * (((mean_p - mean_q) / log_std.exp()) ** 2).sum(-1)
-    np.testing.assert_allclose(functional.gaussian_kl(mean_p, log_std, mean_q, log_std), expected, rtol=1e-4)
-
-
 # -- estimators: expectations are enumerated over four actions, so there is no sampling noise -----------------------
 
 LOGITS = np.array([0.3, -0.6, 1.1, 0.2])
