@@ -188,7 +188,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     ) -> None:
         # Read by _build, which the base class calls from its constructor.
         self._critic_arguments: dict[str, Any] = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}
-        ActorCriticPolicy.__init__(self, observation_space, action_space, lr_schedule, *args, **kwargs)
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | self._critic_arguments

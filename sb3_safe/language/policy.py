@@ -104,7 +104,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     ) -> None:
         if optimizer_kwargs is None:
             optimizer_kwargs = {"eps": 1e-5} if optimizer_class is th.optim.Adam else {}  # as SB3 does
-        super(PessimisticCritics, self).__init__(
+        super().__init__(
             observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
         _check_observations(observation_space)
