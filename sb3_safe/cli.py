@@ -156,7 +156,3 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"the memory of {options.device} is not known here: pass --memory")
     else:
         check_memory(plan, available)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
