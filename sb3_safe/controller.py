@@ -341,7 +341,7 @@ class SafeController(KLController):
 
     def _update_pid(self) -> None:
         error = self.velocity - self.target_velocity
-        outward = self._paper_threshold(clip=False) - self._paper_threshold()
+        outward = self._unclipped_threshold() - self._paper_threshold()
         if outward * error <= 0:
             self.integral = _clip(self.integral + error, -self.integral_limit, self.integral_limit)
         self.pid = {"p": self.kp * error, "i": self.ki * self.integral, "d": self.kd * (error - self.error)}
@@ -365,9 +365,11 @@ class SafeController(KLController):
             relaxed = min(self.kl_short, self.threshold + self.max_step * self.tau_base)
             self.threshold = min(max(self.threshold, relaxed), self.max_threshold * self.tau_base)
 
-    def _paper_threshold(self, clip: bool = True) -> float:
-        threshold = self.tau_base * (1 + sum(self.pid.values())) * self.phase_factors[self.phase]
-        return _clip(threshold, self.tau_base / 3, 2 * self.tau_base) if clip else threshold
+    def _paper_threshold(self) -> float:
+        return _clip(self._unclipped_threshold(), self.tau_base / 3, 2 * self.tau_base)
+
+    def _unclipped_threshold(self) -> float:
+        return self.tau_base * (1 + sum(self.pid.values())) * self.phase_factors[self.phase]
 
 
 CONTROLLERS: dict[str, type[KLController]] = {
