@@ -48,6 +48,8 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
+KEYWORDS = ("rollout_buffer_kwargs", "kl_controller_kwargs", "env_kwargs", "policy_kwargs")
+"""Arguments that are dicts of arguments."""
 CONSTRUCTOR: dict[str, Rule] = {
     "learning_rate": Rule(
         "a number of at least 0, or a schedule", lambda value: _number(value) and 0 <= value < math.inf, schedule=True
@@ -78,10 +80,7 @@ CONSTRUCTOR: dict[str, Rule] = {
     "seed": Rule(
         "a whole number from 0 to 2**32 - 1, or None", lambda value: _whole(value) and 0 <= value < 2**32, (None,)
     ),
-    **{
-        name: Rule("a dict (in a yaml file: a mapping)", _mapping, (None,))
-        for name in ("rollout_buffer_kwargs", "kl_controller_kwargs", "env_kwargs", "policy_kwargs")
-    },
+    **dict.fromkeys(KEYWORDS, Rule("a dict (in a yaml file: a mapping)", _mapping, (None,))),
 }
 POLICY: dict[str, Rule] = {
     "n_critics": Rule("a whole number of at least 1", _from_1),

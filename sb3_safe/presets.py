@@ -15,10 +15,9 @@ import yaml
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_safe.arguments import CONSTRUCTOR, checked
+from sb3_safe.arguments import CONSTRUCTOR, KEYWORDS, checked
 
 PRESETS_FILE = Path(__file__).with_name("presets.yml")
-KEYWORDS = ("policy_kwargs", "env_kwargs", "rollout_buffer_kwargs")
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
 
 
@@ -40,8 +39,8 @@ def preset(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str
         if name in settings:
             settings[name] = _schedule(settings[name])
     for name in KEYWORDS:
-        if name in settings:
-            # Written as the Zoo writes it, an expression, because classes such as nn.ReLU have no other form in YAML.
+        if isinstance(settings.get(name), str):
+            # An expression, as the Zoo has it for policy_kwargs: classes such as nn.ReLU have no other form in YAML.
             settings[name] = eval(settings[name], {"nn": nn, "dict": dict})
     return settings
 

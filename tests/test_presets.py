@@ -79,6 +79,14 @@ def test_of_arguments_in_a_dict_it_says_those_that_the_preset_set(
     assert "'policy_kwargs': {'soft_min_alpha': 0.5}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("written", ["dict(tau_base=0.5, coef=3.0)", {"tau_base": 0.5, "coef": 3.0}])
+def test_a_preset_may_have_arguments_of_the_controller_of_which_some_are_given(cheap: dict[str, Any], written: Any):
+    cheap["Tiny-vector-discrete-v0"] = {"kl_controller_kwargs": written}
+    presets.PRESETS_FILE.write_text(yaml.safe_dump(cheap), encoding="utf-8")
+    controller = SAFE("Tiny-vector-discrete-v0", kl_controller_kwargs={"coef": 4.0}).controller
+    assert (controller.tau_base, controller.coef) == (0.5, 4.0)
+
+
 def test_a_silent_model_says_nothing(cheap: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     SAFE("CartPole-v1")
     assert capsys.readouterr().out == ""
