@@ -31,6 +31,7 @@ from reporting import (
     digits,
     estimate,
     filled_curve,
+    markdown,
     median,
     number,
     prepare_plots,
@@ -191,6 +192,18 @@ class Report:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
+STABILITY = ("dispersion (net)", "crashes (runs)", "NaN")
+
+
+def _stability(row: Mapping[str, Any], form: str) -> list[str]:
+    """The cells below these heads."""
+    return [
+        f"{number(row['dispersion'], form)} ({number(row['dispersion_net'], form)})",
+        f"{row['crashes']} ({row['crashed_runs']})",
+        str(row["diverged"]),
+    ]
+
+
 def tables(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
     lines = ["# Control benchmark", "", "Made by `python benchmarks/control.py report`; definitions in"
@@ -198,67 +211,58 @@ def tables(summary: Mapping[str, Any]) -> str:
     for setting, content in summary.items():
         lines += ["", f"## {setting}"]
         for group, rows in content["aggregate"].items():
-            lines += [
-                "",
-                f"Over {group} ({', '.join(rows['tasks'])}), normalised returns:",
-                "",
-                "| algorithm | runs per task | final | training average | P(better than PPO), final | average | "
-                "dispersion (net) | crashes (runs) | NaN |",
-                "|---|---|---|---|---|---|---|---|---|",
-            ]
+            cells = []
             for algorithm, row in rows.items():
                 if algorithm == "tasks":
                     continue
                 runs = sorted(set(row["runs"]))
-                lines.append(
-                    f"| {algorithm} | {'-'.join(str(n) for n in (runs[0], runs[-1])[: len(runs)])} | "
-                    f"{with_interval(row['final'], '.2f')} | {with_interval(row['average'], '.2f')} | "
-                    f"{with_interval(row.get('improvement_final'), '.2f')} | "
-                    f"{with_interval(row.get('improvement_average'), '.2f')} | "
-                    f"{number(row['dispersion'], '.3f')} ({number(row['dispersion_net'], '.3f')}) | "
-                    f"{row['crashes']} ({row['crashed_runs']}) | {row['diverged']} |"
-                )
-        lines += [
-            "",
-            "| task | algorithm | seeds | final return | training average | dispersion (net) | crashes (runs) | NaN | "
-            "largest KL | CPU s | MiB |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+                estimates = ("final", "average", "improvement_final", "improvement_average")
+                cells.append([
+                    algorithm,
+                    "-".join(str(n) for n in (runs[0], runs[-1])[: len(runs)]),
+                    *(with_interval(row.get(name), ".2f") for name in estimates),
+                    *_stability(row, ".3f"),
+                ])  # fmt: skip
+            head = ["algorithm", "runs per task", "final", "training average", "P(better than PPO), final", "average"]
+            over = f"Over {group} ({', '.join(rows['tasks'])}), normalised returns:"
+            lines += ["", over, "", markdown([*head, *STABILITY], cells)]
+        cells = [
+            [
+                task,
+                algorithm,
+                str(row["seeds"]),
+                *(with_interval(row[name], ".1f") for name in ("final", "average")),
+                *_stability(row, ".1f"),
+                number(row["largest_kl"], ".2g"),
+                *(number(row[name], ".0f") for name in ("cpu_seconds", "peak_mb")),
+            ]
+            for task, algorithms in content["tasks"].items()
+            for algorithm, row in algorithms.items()
         ]
-        for task, algorithms in content["tasks"].items():
-            for algorithm, row in algorithms.items():
-                lines.append(
-                    f"| {task} | {algorithm} | {row['seeds']} | {with_interval(row['final'], '.1f')} | "
-                    f"{with_interval(row['average'], '.1f')} | "
-                    f"{number(row['dispersion'], '.1f')} ({number(row['dispersion_net'], '.1f')}) | "
-                    f"{row['crashes']} ({row['crashed_runs']}) | {row['diverged']} | "
-                    f"{number(row['largest_kl'], '.2g')} | {number(row['cpu_seconds'], '.0f')} | "
-                    f"{number(row['peak_mb'], '.0f')} |"
-                )
+        head = ["task", "algorithm", "seeds", "final return", "training average", *STABILITY]
+        lines += ["", markdown([*head, "largest KL", "CPU s", "MiB"], cells)]
     return "\n".join(lines) + "\n"
 
 
 def stress_table(summary: Mapping[str, Any], stress: Mapping[str, Any]) -> str:
     """SAFE beside PPO, a row per setting, and one for all stress."""
-    lines = [
-        "",
-        "## SAFE and PPO by setting",
-        "",
-        "| setting | tasks | PPO: average | SAFE: average | P(SAFE better) | PPO: crashes | SAFE: crashes | "
-        "dispersion, PPO / SAFE |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     groups = {name: next(iter(content["aggregate"].values()), {}) for name, content in summary.items()}
     for setting, rows in [*groups.items(), ("all stress", stress)]:
         if not {"ppo", "safe"} <= set(rows):
             continue
         ppo, safe = rows["ppo"], rows["safe"]
         ratio = ppo["dispersion"] / safe["dispersion"] if ppo["dispersion"] and safe["dispersion"] else None
-        lines.append(
-            f"| {setting} | {len(safe['runs'])} | {with_interval(ppo['average'], '.2f')} | "
-            f"{with_interval(safe['average'], '.2f')} | {with_interval(safe['improvement_average'], '.2f')} | "
-            f"{ppo['crashes']} | {safe['crashes']} | {number(ratio, '.2f')} |"
-        )
-    return "\n".join(lines) + "\n"
+        averages = (ppo["average"], safe["average"], safe["improvement_average"])
+        cells.append([
+            setting,
+            str(len(safe["runs"])),
+            *(with_interval(average, ".2f") for average in averages),
+            *(str(figures["crashes"]) for figures in (ppo, safe)),
+            number(ratio, ".2f"),
+        ])  # fmt: skip
+    head = ["setting", "tasks", "PPO: average", "SAFE: average", "P(SAFE better)", "PPO: crashes", "SAFE: crashes"]
+    return "\n## SAFE and PPO by setting\n\n" + markdown([*head, "dispersion, PPO / SAFE"], cells) + "\n"
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from reporting import markdown
 from runs import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,12 +181,12 @@ def table(results: dict[str, Any]) -> str:
         if "safe" in rows:
             found = ratios(rows, Task(*name.split("/")).mean_length) | shares(rows)
             figures[name] = found | {"tokens a text": measured_length(rows)}
-    lines = []
+    lines: list[list[str]] = []
     for label in dict.fromkeys(label for found in figures.values() for label in found):
         form = "{:.1%}" if label.startswith("share") else "{:.2f}"
         cells = [form.format(found[label]) if label in found else "" for found in figures.values()]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([f"| | {' | '.join(figures)} |", f"|---{'|---' * len(figures)}|", *lines])
+        lines.append([label, *cells])
+    return markdown(["", *figures], lines)
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import language
 from control_settings import STRESS
-from reporting import number, with_interval
+from reporting import markdown, number, with_interval
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
@@ -71,12 +71,6 @@ LAYERS = {
 }
 """Methods with a layer off alone, and on alone."""
 LAYERS_CONTROL = {"CartPole-v1": "CartPole", "Pendulum-v1": "Pendulum", "MountainCar-v0": "MountainCar"}
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def beside(what: str) -> list[str]:

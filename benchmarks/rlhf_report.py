@@ -37,7 +37,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import Runs, digits, estimate, filled_curve, median, number, prepare_plots, read_results, with_interval
+from reporting import (
+    Runs,
+    digits,
+    estimate,
+    filled_curve,
+    markdown,
+    median,
+    number,
+    prepare_plots,
+    read_results,
+    with_interval,
+)
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
@@ -288,13 +299,12 @@ COLUMNS = (
 TO_LEVEL = ("iterations to PPO's gold", "iterations_to_level", ".0f")
 
 
-def _rows(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table's lines."""
-    lines = ["| method | " + " | ".join(head for head, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method, row in rows.items():
-        cells = [_shown_value(row.get(name), form) for _, name, form in columns]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
+def _table(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each method."""
+    return markdown(
+        ["method", *(head for head, _, _ in columns)],
+        [[method, *(_shown_value(row.get(name), form) for _, name, form in columns)] for method, row in rows.items()],
+    )
 
 
 def _shown_value(value: Any, form: str) -> str:
@@ -314,20 +324,20 @@ def tables(
                 members = ", ".join(resolved(family, task, tuned) for family in FAMILIES)
                 lines += [f"Untrained: gold {start[task]['gold']:.2f}, reward {start[task]['reward']:.2f},"
                           f" {start[task]['length']:.1f} tokens. Tuned: {members}.", ""]  # fmt: skip
-            lines += _rows(COLUMNS, rows)
+            lines.append(_table(COLUMNS, rows))
     if own:
         lines += ["", "## Each at its own learning rate"]
         for task, rows in own.items():
             named = {" ".join((name, row.get("method", ""), row.get("setting", ""))): row for name, row in rows.items()}
-            lines += ["", f"### {task}", "", *_rows((TO_LEVEL, *COLUMNS), named)]
+            lines += ["", f"### {task}", "", _table((TO_LEVEL, *COLUMNS), named)]
     if tuning:
         columns = {f"{setting}: {task}": rows for setting, tasks in tuning.items() for task, rows in tasks.items()}
-        lines += ["", "## Tuning: mean final gold (seeds)", "", "| method | " + " | ".join(columns) + " |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
+        cells = []
         for method in (name for name in METHODS if any(name in rows for rows in columns.values())):
             found = [rows.get(method) for rows in columns.values()]
-            cells = ["-" if row is None else f"{row['final_gold']:.3f} ({row['seeds']})" for row in found]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            shown = ["-" if row is None else f"{row['final_gold']:.3f} ({row['seeds']})" for row in found]
+            cells.append([method, *shown])
+        lines += ["", "## Tuning: mean final gold (seeds)", "", markdown(["method", *columns], cells)]
     return "\n".join(lines) + "\n"
 
 
@@ -338,13 +348,12 @@ def sample_tables(report: Report) -> str:
         for task, methods in tasks.items():
             columns = {"untrained": report.start[task]["samples"]}
             columns |= {name: methods[name][0]["samples"] for name in SHOWN if name in methods}
-            lines += ["", f"## {setting}: {task}", "", "| prompt | " + " | ".join(columns) + " |"]
-            lines.append("|---" * (len(columns) + 1) + "|")
             texts: dict[str, list[str]] = defaultdict(list)
             for samples in columns.values():
                 for text in samples or [{"prompt": prompt} for prompt in texts]:
                     texts[text["prompt"]].append(_shown(text))
-            lines += [f"| {prompt} | " + " | ".join(cells) + " |" for prompt, cells in texts.items()]
+            rows = [[prompt, *cells] for prompt, cells in texts.items()]
+            lines += ["", f"## {setting}: {task}", "", markdown(["prompt", *columns], rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -177,10 +177,9 @@ def run(algorithm: str, name: str, threads: int, sbx_python: str) -> dict[str, f
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: env steps per second, over SB3's PPO, and shares of the time."""
-    lines = [
-        "| task | algorithm | steps/s | x SB3 PPO | env | acting | update |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    from reporting import markdown
+
+    lines: list[list[str]] = []
     for name, algorithms in results["tasks"].items():
         for algorithm, rows in algorithms.items():
             if not rows:
@@ -188,9 +187,9 @@ def table(results: dict[str, Any]) -> str:
             middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
             pairs = zip(algorithms["ppo"], rows, strict=False)
             ratio = statistics.median(base["total"] / row["total"] for base, row in pairs)
-            shares = " | ".join(f"{middle[key] / middle['total']:.0%}" for key in ("env", "act", "update"))
-            lines.append(f"| {name} | {algorithm} | {1 / middle['total']:.0f} | {ratio:.2f} | {shares} |")
-    return "\n".join(lines)
+            shares = [f"{middle[key] / middle['total']:.0%}" for key in ("env", "act", "update")]
+            lines.append([name, algorithm, f"{1 / middle['total']:.0f}", f"{ratio:.2f}", *shares])
+    return markdown(["task", "algorithm", "steps/s", "x SB3 PPO", "env", "acting", "update"], lines)
 
 
 def main() -> None:
