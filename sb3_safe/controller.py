@@ -127,8 +127,9 @@ class AdaptiveKL(FixedKL):
 class SafeController(KLController):
     """The entropy-gated asymmetric penalty with a moving threshold (layers 2 to 4 of SAFE).
 
-    The penalty is ``c gate tau_base ((s - tau) / tau_base)^2`` above the threshold, and nothing below but a price for
-    every nat. Its derivative with respect to the KL is the coefficient that multiplies a KL term with a gradient:
+    The penalty is ``c gate tau_base ((s - tau) / tau_base)^2`` above the threshold, and below it only the linear
+    ``price``, which every nat has. Its derivative with respect to the KL is the coefficient that multiplies a KL term
+    with a gradient:
 
         ``coefficient = price + 2 c gate max(0, (s - tau) / tau_base)``,  ``s = max(kl_short, kl of the minibatch)``
 

@@ -17,7 +17,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class LastGood:
-    """What numbers that are not finite spoil before they are noticed, besides what an update moves.
+    """Snapshot of state, other than parameters, that NaN or infinity could corrupt before it is detected.
 
     The scale of returns, statistics that a features extractor or a ``VecNormalize`` keeps, the
     controller's averages: a single infinite reward would stay in them for good.

@@ -61,9 +61,9 @@ class PessimisticCritics(nn.Module):
     soft_min_alpha: float
     return_scale: Tensor
     rollout_is_approximate: bool = False
-    """Whether training computes other log-probabilities than acting does, which then replace those of the rollout."""
+    """True if log-probabilities of the rollout are inexact (bfloat16) and must be recomputed before training."""
     copies: ClassVar[Mapping[str, str]] = {}
-    """How the names of a copy's parameters begin, and those of what it is a copy of: reference and target critics."""
+    """Name prefix of a copy's parameters -> prefix of their originals: reference and target critics."""
 
     @classmethod
     def check_algorithm(cls, algorithm: Any) -> None:
@@ -82,9 +82,8 @@ class PessimisticCritics(nn.Module):
         """Add lagging copies of the critics, which then supply the values that advantages are made of."""
 
     def fitting_state(self, state_dict: Mapping[str, Any], strict: bool = True) -> Mapping[str, Any]:
-        """A saved state as this policy can load it, whichever of reference and target critics either of them has.
-
-        What was saved is made first. What was not is made of what is loaded.
+        """Adapt a saved state: create reference and target critics that only the file has; initialise those that only
+        the policy has from the loaded weights.
 
         :param state_dict: what :meth:`state_dict` of this or a like policy gave.
         :param strict: whether the state should be whole; what part of one leaves out stays as it is.

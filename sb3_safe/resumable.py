@@ -80,7 +80,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
         the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
         Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
-        The controller goes on where it was; a ``tau_base`` that follows the size of rollouts follows to another one.
+        The controller goes on where it was; a default ``tau_base`` is recomputed if the rollout size changes.
 
         Not in a file are the environment, its unfinished episodes, and the state of random generators: a model with a
         seed that has taken steps goes on with ``seed + num_timesteps``, and so with random numbers that depend on the

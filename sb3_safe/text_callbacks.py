@@ -29,8 +29,8 @@ class SampleCallback(BaseCallback):
     """Evaluation on texts that the policy writes, on the same prompts and with the same random numbers each time.
 
     Before training, every so many rollouts, and at its end. Each time ``eval/mean_reward`` and ``eval/mean_ep_length``
-    are logged, the means over the texts of their scores and tokens, and ``samples/texts`` for TensorBoard. Training is
-    not disturbed: no random number of its own is used up. For any algorithm of SB3 whose policy writes texts.
+    are logged, the means over the texts of their scores and tokens, and ``samples/texts`` for TensorBoard. An
+    evaluation does not advance training's random generators. For any algorithm of SB3 whose policy writes texts.
 
     :param env: a text environment of its own, with as many rows as there are to be texts. It may have prompts and a
         reward model of its own; observations must be as long as in training.
