@@ -254,7 +254,6 @@ class SafeController(KLController):
         self.n_updates = 0
         self.threshold = tau_base * (self.phase_factors["WARMUP"] if threshold == "paper" else 1.0)
         self.kl_short = self.kl_long = 0.0
-        self.kl_measured = False
         self.gate = 1.0
         self.phase: Phase = "WARMUP"
         self.first_reward: float | None = None
@@ -269,9 +268,9 @@ class SafeController(KLController):
 
     def update(self, returns: Sequence[float], kl: float, entropy: float) -> None:
         """Take in one rollout; see :meth:`KLController.update`. Called once per rollout, before it is trained on."""
+        first = self.n_updates == 0
         self.n_updates += 1
         if math.isfinite(kl):  # anything else would stay in the averages for good
-            first, self.kl_measured = not self.kl_measured, True
             self.kl_short = kl if first else _moving_average(self.kl_short, kl, self.kl_short_decay)
             self.kl_long = kl if first else _moving_average(self.kl_long, kl, self.kl_long_decay)
         self._update_gate(entropy)

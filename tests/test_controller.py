@@ -64,13 +64,6 @@ def test_a_kl_that_is_not_finite_enters_no_average(kl: float):
     assert adaptive.coef == 0.1
 
 
-def test_where_the_first_kl_is_not_finite_the_trackers_start_at_the_next():
-    controller = SafeController()
-    for kl in (math.nan, 0.4):
-        controller.update([1.0], kl, 0.0)
-    assert (controller.kl_short, controller.kl_long) == (0.4, 0.4)
-
-
 def test_reward_average_starts_at_the_first_reward():
     controller = SafeController()
     feed(controller, [10.0])
