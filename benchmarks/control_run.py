@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+import sb3_safe
 from sb3_safe import SAFE
 from sb3_safe.buffers import SafeRolloutBuffer
 from sb3_safe.functional import k3
@@ -35,11 +36,6 @@ KL_SAMPLE = 1024
 """Actions of a rollout that the KL of its update is measured on."""
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib")
-SOURCES = (
-    "safe", "functional", "controller", "policies", "buffers", "trust_bound", "finite",
-    "fast_mlp", "fast_loss", "parallel_mlp",
-)  # fmt: skip
-"""Modules of sb3_safe that decide a run's outcome."""
 
 # -- stress ------------------------------------------------------------------------------------------------------------
 
@@ -235,7 +231,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     result = described(run) | learn(model, run, recorder)
     result |= {
         "curve": curve(recorder.rollouts),
-        "versions": versions(PACKAGES, SOURCES),
+        "versions": versions(PACKAGES, sb3_safe),
     }
     write_json(path, result)
     partial.unlink(missing_ok=True)

@@ -20,14 +20,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import textgen_env
 from reporting import markdown
 from runs import versions
+
+import sb3_safe
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("5M", "25M", "100M")
 LENGTHS = ("equal", "spread")
 PACKAGES = ("torch", "transformers", "stable-baselines3")
-SOURCES = ("safe", *(f"language/{name}" for name in ("policy", "buffer", "slots", "tokens", "decoding", "onednn")))
 CONTENDERS = ("generate", "safe", "ppo-fixed-kl", "ppo", "row-per-token", "published", "trl")
 
 Row = dict[str, float]
@@ -222,7 +224,7 @@ def main() -> None:
     for size in arguments.sizes:
         for lengths in arguments.lengths:
             rows = measure(size, lengths, arguments)
-            results[f"{size}/{lengths}"] = {"versions": versions(PACKAGES, SOURCES), "contenders": rows}
+            results[f"{size}/{lengths}"] = {"versions": versions(PACKAGES, sb3_safe, textgen_env), "contenders": rows}
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(f"after {size}/{lengths}:\n{table(results)}\n", flush=True)

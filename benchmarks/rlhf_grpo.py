@@ -125,7 +125,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     result |= {
         "curve": curve(grpo.rows),
         "samples": [] if result["diverged"] else samples(writer, run.task),
-        "versions": versions((*PACKAGES, "trl"), SOURCES),
+        "versions": versions((*PACKAGES, "trl"), *SOURCES),
     }
     write_json(path, result)
     partial.unlink(missing_ok=True)

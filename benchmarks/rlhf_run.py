@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import textgen_env
 import torch as th
 from rl_statistics import best_of_n
 from rlhf_settings import ENV_ID, GRPO, METHODS, arguments_of, described
@@ -21,6 +22,7 @@ from runs import Run, learn, short, versions, write_json
 from stable_baselines3.common.vec_env import VecEnv
 from transformers.utils import logging
 
+import sb3_safe
 from sb3_safe import SAFE, environments
 from sb3_safe.callbacks import Infos, StabilityCallback, episode_columns, write_texts
 
@@ -30,11 +32,7 @@ MAX_POINTS = 100
 """Of a curve: rollouts are joined to at most so many points."""
 PARTIAL_SECONDS = 30.0
 PACKAGES = ("torch", "transformers", "numpy", "gymnasium", "stable-baselines3")
-SOURCES = (
-    "safe", "functional", "controller", "policies", "buffers", "trust_bound", "finite",
-    "language/policy", "language/buffer", "language/tokens", "language/decoding",
-)  # fmt: skip
-"""Modules of sb3_safe that decide a run's outcome."""
+SOURCES = (sb3_safe, textgen_env)
 
 # Columns of StabilityCallback's rows that a curve keeps: means over the texts of a point, ...
 OF_TEXTS = ("reward", "gold", "length", "stop_share")
@@ -199,7 +197,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     result |= {
         "curve": curve(recorder.rows),
         "samples": [] if result["diverged"] else samples(model, run.task),
-        "versions": versions(PACKAGES, SOURCES),
+        "versions": versions(PACKAGES, *SOURCES),
     }
     write_json(path, result)
     partial.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import sb3_safe
@@ -102,15 +102,16 @@ def peak_mb() -> float | None:
     return round(int(found[1]) / 1024, 1) if found else None
 
 
-def versions(packages: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
-    """Of what a run depends on; of sb3_safe also a digest of its source, which changes between releases.
+def versions(packages: Sequence[str], *sources: ModuleType) -> dict[str, str]:
+    """Of what a run depends on; of our own code a digest, which changes between releases.
 
     :param packages: by their names on PyPI.
-    :param sources: modules of sb3_safe that decide a run's outcome.
+    :param sources: packages all modules of which are digested.
     """
-    folder, digest = Path(sb3_safe.__file__).parent, hashlib.sha256()
-    for name in sources:
-        digest.update((folder / f"{name}.py").read_bytes())
+    digest = hashlib.sha256()
+    for folder in (Path(source.__path__[0]) for source in sources):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return {
         "python": platform.python_version(),
         **{name.replace("-", "_"): importlib.metadata.version(name) for name in packages},

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -378,6 +379,18 @@ def test_a_process_makes_a_run_and_leaves_nothing_else(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["algorithm"].startswith("ppo-kl-")
     assert result["timesteps"] == rlhf_settings.TOKENS
+
+
+def test_the_digest_of_the_source_is_of_every_module_of_the_packages(tmp_path: Path) -> None:
+    package: Any = SimpleNamespace(__path__=[str(tmp_path)])
+    digests = {runs.versions((), package)["sb3_safe_source"]}
+    for name in ("module.py", "inner/module.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1\n")
+        digests.add(runs.versions((), package)["sb3_safe_source"])
+        (tmp_path / name).write_text("a = 2\n")
+        digests.add(runs.versions((), package)["sb3_safe_source"])
+    assert len(digests) == 5
 
 
 # -- GRPO --------------------------------------------------------------------------------------------------------------
