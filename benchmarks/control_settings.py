@@ -10,8 +10,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_safe import SAFE, SafeController, TwinCriticPolicy
+from sb3_safe.controller import Reference, controller_defaults
 from sb3_safe.presets import preset
-from sb3_safe.safe import MAX_PREVIEW_KL, Reference, controller_defaults
+from sb3_safe.trust_bound import MAX_PREVIEW_KL
 
 # What PPO and SAFE have in common. A preset's value wins over SB3's default; nothing here is SAFE's own.
 SHARED = (

@@ -12,6 +12,7 @@ from language_peers import EPOCHS, LEARNING_RATE
 from sb3_safe import SAFE
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.language.policy import ValueHead
+from sb3_safe.trust_bound import TrustBound
 
 OFF: dict[str, Any] = {"huber_delta": None, "max_preview_kl": None, "policy_kwargs": {"n_critics": 1}}
 # The same code path all three: with every layer off, SAFE is PPO.
@@ -86,9 +87,10 @@ class Safe:
             (self.model.policy, "reference_log_prob", "reference"),
             (self.model.controller, "update", "controller"),
             (self.model, "_kl_term", "penalty"),
-            (self.model, "_preview_scale", "bound"),
-            (self.model, "_get_moved", "bound"),
-            (self.model, "_keep_within_bound", "bound"),
+            # One is made for every update.
+            (TrustBound, "__init__", "bound"),
+            (TrustBound, "step_scale", "bound"),
+            (TrustBound, "keep", "bound"),
         ):
             self.stopwatch.watch(owner, method, label)
 

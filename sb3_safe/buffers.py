@@ -33,6 +33,8 @@ class SafeSamples(NamedTuple):
     """``[B]``, nats, where annotated."""
     old_critic_values: Tensor | None = None
     """``[B, K]``, where annotated."""
+    lost: Tensor | None = None
+    """``[B]``, which actions drifted beyond ``max_drift``; ``None``: none of the rollout did."""
     flat_index: Tensor | None = None
     """``[B]``, where in the flat order of the rollout each action is."""
 
@@ -149,6 +151,7 @@ class AnnotatedRollout(RolloutBuffer):
                 batch["returns"],
                 batch.get("reference_log_prob"),
                 batch.get("old_critic_values"),
+                batch.get("lost"),
                 index[start : start + batch_size],
             )
 
@@ -170,3 +173,15 @@ class SafeDictRolloutBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignor
 def buffer_class_for(observation_space: Any) -> type[AnnotatedRollout]:
     """The buffer for an observation space."""
     return SafeDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else SafeRolloutBuffer
+
+
+def check_buffer_class(kind: Any) -> None:
+    """Refuse what is not a class of buffers that training can read.
+
+    :raises ValueError: with what to derive from instead.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, AnnotatedRollout)):
+        raise ValueError(
+            f"rollout_buffer_class={getattr(kind, '__name__', repr(kind))} is not an AnnotatedRollout: derive it from "
+            "a class of sb3_safe.buffers"
+        )

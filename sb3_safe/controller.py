@@ -15,6 +15,11 @@ from typing import Any, Literal
 Phase = Literal["WARMUP", "CLIMBING", "PLATEAU", "CONVERGED"]
 PHASES: tuple[Phase, ...] = ("WARMUP", "CLIMBING", "PLATEAU", "CONVERGED")
 Threshold = Literal["earned", "paper", "constant"]
+Reference = Literal["initial", "rollout"]
+Estimator = Literal["k1", "k2", "k3", "exact"]
+
+# Which estimators have the right gradient against which reference; the first is the default.
+ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k3", "exact"), "rollout": ("k3",)}
 
 
 def rollout_threshold(n_actions: int) -> float:
@@ -32,6 +37,18 @@ def rollout_threshold(n_actions: int) -> float:
     See McCandlish et al. 2018, section 2.2, https://arxiv.org/abs/1812.06162
     """
     return 0.1 / (1 + 1024 / n_actions)
+
+
+def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float | None]:
+    """What a SAFE controller takes where it is told nothing else, and its own defaults do not fit.
+
+    :param reference: what the KL is measured to.
+    :param n_actions: of a rollout, over all environments.
+    """
+    if reference == "initial":
+        return {}
+    # The rollout policy is near and always the last one: a penalty against it is a brake, distance itself has no price.
+    return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions), "max_drift": None}
 
 
 class KLController:
@@ -65,6 +82,13 @@ class KLController:
     def reward_coefficient(self) -> float:
         """Coefficient of the KL in the reward, never negative, in units of reward per nat."""
         return self.coefficient()
+
+    def resize(self, reference: Reference, n_actions: int) -> None:
+        """Go on with rollouts of another size, where nobody gave a threshold; most controllers have no use for it.
+
+        :param reference: what the KL is measured to.
+        :param n_actions: of a rollout, over all environments.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What to log, by name."""
@@ -291,6 +315,12 @@ class SafeController(KLController):
     def reward_coefficient(self) -> float:
         """The same in units of the largest spread of rewards seen: that falls as a policy settles, a price must not."""
         return self.coefficient() * self.reward_scale
+
+    def resize(self, reference: Reference, n_actions: int) -> None:
+        """See :meth:`KLController.resize`. ``tau_base`` is the rule's, and the threshold goes along."""
+        if reference == "rollout":
+            self.threshold *= rollout_threshold(n_actions) / self.tau_base
+            self.tau_base = rollout_threshold(n_actions)
 
     def metrics(self) -> dict[str, float]:
         """See :meth:`KLController.metrics`."""

@@ -477,6 +477,26 @@ class TwinCriticMultiInputPolicy(TwinCriticPolicy):
         super().__init__(observation_space, *args, **kwargs)
 
 
+def check_policy_class(policy: type, known: Iterable[str]) -> None:
+    """Refuse a class of policies that could not be trained.
+
+    :param policy: the class.
+    :param known: names of policies to use instead.
+    :raises ValueError: with what to derive from, or to override, instead.
+    """
+    if not issubclass(policy, PessimisticCritics):
+        raise ValueError(
+            f"policy={policy.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one of "
+            f"{', '.join(known)}"
+        )
+    first = {name: [name in vars(c) for c in policy.__mro__].index(True) for name in ("evaluate", "evaluate_actions")}
+    if first["evaluate_actions"] < first["evaluate"]:
+        raise ValueError(
+            f"policy={policy.__name__} overrides evaluate_actions, which training does not call: override "
+            "evaluate, which tells the critics apart"
+        )
+
+
 def _any_begins(names: Iterable[str], beginning: str) -> bool:
     return any(name.startswith(beginning) for name in names)
 

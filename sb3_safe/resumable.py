@@ -3,8 +3,8 @@
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from sb3_safe import environments
 from sb3_safe.files import replacing
+from sb3_safe.finite import LastGood, NonFiniteError
 
 
 class ResumableAlgorithm(OnPolicyAlgorithm):
@@ -25,6 +26,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     """
 
     policy_kwargs: dict[str, Any]
+    _last_good: LastGood | None = None
+    """What numbers that are not finite would spoil, as it was before the rollout at hand."""
     _normalizer: VecNormalize | None = None
     """Of a loaded model, until there is an environment for it."""
     _advertised: Mapping[str, Any] = {}
@@ -136,6 +139,21 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self.env = environments.with_normalizer(self.env, self._normalizer)
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
         self._normalizer = None
+
+    @contextmanager
+    def _rescuing(self) -> Iterator[None]:
+        """Where an error ends training, leave what was learned before it in the model, and in a file."""
+        n_updates = self._n_updates
+        try:
+            yield
+        except BaseException as error:
+            self._last_obs = None  # environments may have stopped halfway through a step: next time they begin anew
+            broke_down = isinstance(error, NonFiniteError)
+            if broke_down and self._last_good is not None:
+                self._last_good.restore()
+            if broke_down or (isinstance(error, Exception) and self._n_updates > n_updates):
+                self._rescue(error)
+            raise
 
     def _rescue(self, error: BaseException) -> None:
         """Save what was learned before an error goes up, and note on it where. Nothing may take the error's place."""

@@ -1,10 +1,8 @@
 """SAFE: stable alignment finetuning with entropy-aware control, as a Stable-Baselines3 on-policy algorithm."""
 
 import functools
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
@@ -21,49 +19,34 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor
 
 from sb3_safe import arguments, environments, functional
-from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for
+from sb3_safe.buffers import AnnotatedRollout, SafeSamples, buffer_class_for, check_buffer_class
 from sb3_safe.callbacks import FunctionCallback, ProgressCallback
-from sb3_safe.controller import KLController, SafeController, make_controller, rollout_threshold
+from sb3_safe.controller import (
+    ESTIMATORS,
+    Estimator,
+    KLController,
+    Reference,
+    controller_defaults,
+    make_controller,
+)
 from sb3_safe.fast_loss import Objective
 from sb3_safe.finite import LastGood, NonFiniteError, check_observations, check_rollout, describe_steps, mean_of_finite
 from sb3_safe.policies import (
     Evaluation,
-    PessimisticCritics,
     TwinCriticCnnPolicy,
     TwinCriticMultiInputPolicy,
     TwinCriticPolicy,
+    check_policy_class,
 )
 from sb3_safe.presets import preset, with_presets
 from sb3_safe.resumable import ResumableAlgorithm
-from sb3_safe.trust_bound import preview_scale, surely_within, walk_back
+from sb3_safe.trust_bound import MAX_PREVIEW_KL, TrustBound
 
-Reference = Literal["initial", "rollout"]
-Estimator = Literal["k1", "k2", "k3", "exact"]
-
-# Which estimators have the right gradient against which reference; the first is the default.
-ESTIMATORS: dict[Reference, tuple[Estimator, ...]] = {"initial": ("k1", "k2", "k3", "exact"), "rollout": ("k3",)}
-# Nats per action. A text has many actions, whose distances add up.
-MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
-MIN_TELLING = 16
-"""Actions of a minibatch below which its KL says little about that of the rollout, and its step may be far longer than
-others: the last one of a pass has what is left over, and the advantage of a single action is not normalised."""
 RETURN_SCALE_DECAY = 0.9
 LARGEST_RETURN = float(np.finfo(np.float32).max)
 """Of an episode that the controller is told of. Rewards that are trained on are in single precision."""
 LOSS = ("_loss", "_kl_term")
-"""Methods of SAFE that :class:`~sb3_safe.fast_loss.Objective` stands in for."""
-
-
-def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float | None]:
-    """What a SAFE controller takes where it is told nothing else, and its own defaults do not fit.
-
-    :param reference: what the KL is measured to.
-    :param n_actions: of a rollout, over all environments.
-    """
-    if reference == "initial":
-        return {}
-    # The rollout policy is near and always the last one: a penalty against it is a brake, distance itself has no price.
-    return {"coef": 2.0, "price": 0.0, "tau_base": rollout_threshold(n_actions), "max_drift": None}
+"""Methods of SAFE. The fast path computes what they do; where a subclass overrides one, it is not used."""
 
 
 class SAFE(ResumableAlgorithm):
@@ -120,7 +103,7 @@ class SAFE(ResumableAlgorithm):
         shrunk, and if the whole batch is still past it the parameters walk back. ``"auto"``: 0.02 against the initial,
         0.5 against the rollout policy. ``None``: no bound.
     :param critic_warmup: rollouts at the start whose updates train the critics alone (and a features extractor that
-        they share with the policy): what a policy would do by the advantages of critics that know nothing yet is noise.
+        they share with the policy): advantages from untrained critics are noise.
         If actor and critics have equal hidden sizes they share tensors, so Adam's step count advances for the actor too
         while its gradient is 0; the actor's first real steps are then up to 3 times too long.
     :param n_envs: number of environments, when ``env`` is an id.
@@ -140,7 +123,9 @@ class SAFE(ResumableAlgorithm):
         "MultiInputPolicy": TwinCriticMultiInputPolicy,
     }
     policy: Any
+    policy_class: Any
     rollout_buffer: AnnotatedRollout
+    controller: KLController
     n_timesteps: int | None = None
     preset_normalize: bool = False
 
@@ -238,14 +223,10 @@ class SAFE(ResumableAlgorithm):
         self.kl_estimator: Any = kl_estimator
         self.max_preview_kl: Any = max_preview_kl
         self.critic_warmup = critic_warmup
-        self._choose_automatic()
-        # Made here, not in _setup_model: load() restores attributes between the two.
-        self._make_controller()
+        self._controller_made_of: list[Any] = []
+        self._controller_made_for = 0
         self.n_skipped_steps = 0
-        self._last_good: LastGood | None = None
         self.measured_kl = 0.0
-        self._any_lost = False  # in the rollout at hand: known once, so that no minibatch has to ask the device
-        self._minibatch_kl: float | None = None  # of a minibatch in several pieces, which share its coefficient
         self._finished_returns: list[float] = []
         if _init_setup_model:
             self._setup_model()
@@ -276,43 +257,27 @@ class SAFE(ResumableAlgorithm):
             self.kl_estimator = ESTIMATORS[self.kl_reference][0]
         if self.max_preview_kl == "auto":
             self.max_preview_kl = MAX_PREVIEW_KL[self.kl_reference]
+        if self.rollout_buffer_class is None:
+            own = getattr(self.policy_class, "rollout_buffer_class", None)
+            self.rollout_buffer_class = own or buffer_class_for(self.observation_space)
 
-    def _make_controller(self) -> None:
-        self._controller_made_for = self._n_actions()
-        defaults = controller_defaults(self.kl_reference, self._controller_made_for)
-        self.controller = make_controller(self.kl_controller, defaults, **self.kl_controller_kwargs)
-        self._controller_made_of = self._controller_arguments()
-
-    def _n_actions(self) -> int:
-        """Of a rollout, over all environments."""
-        n_envs = getattr(self, "n_envs", 1)  # load() builds this without one, and restores the controller after
-        return max(1, self.n_steps * n_envs)
-
-    def _fit_threshold(self) -> None:
-        """Where nobody gave a ``tau_base``, put the rule's for rollouts of this size; the threshold goes along."""
-        controller, n_actions = self.controller, self._n_actions()
-        given = "tau_base" in self.kl_controller_kwargs
-        if isinstance(controller, SafeController) and self.kl_reference == "rollout" and not given:
-            controller.threshold *= rollout_threshold(n_actions) / controller.tau_base
-            controller.tau_base = rollout_threshold(n_actions)
-        self._controller_made_for = n_actions
-
-    def _controller_arguments(self) -> list[Any]:
+    def _set_up_controller(self) -> None:
+        """Make the controller. A loaded one stays, unless load() asked for another, or for rollouts of another size."""
         # A class by its name: a file has what this list has in it in the form that it has the arguments in themselves.
         name = getattr(self.kl_controller, "__qualname__", self.kl_controller)
-        return [name, self.kl_controller_kwargs, self.kl_reference]
+        made_of, n_actions = [name, self.kl_controller_kwargs, self.kl_reference], self.n_steps * self.n_envs
+        if made_of != self._controller_made_of:
+            defaults = controller_defaults(self.kl_reference, n_actions)
+            self.controller = make_controller(self.kl_controller, defaults, **self.kl_controller_kwargs)
+        elif n_actions != self._controller_made_for and "tau_base" not in self.kl_controller_kwargs:
+            self.controller.resize(self.kl_reference, n_actions)
+        self._controller_made_of, self._controller_made_for = made_of, n_actions
 
     def _setup_model(self) -> None:
         self._choose_automatic()
         self._check_arguments()
-        if self._controller_made_of != self._controller_arguments():
-            self._make_controller()  # load() was asked for another one than was saved
-        elif self._controller_made_for != self._n_actions():
-            self._fit_threshold()  # load() was given other environments, or another n_steps
-        if self.rollout_buffer_class is None:
-            self.rollout_buffer_class = getattr(self.policy_class, "rollout_buffer_class", None) or buffer_class_for(
-                self.observation_space
-            )
+        self._set_up_controller()
+        self.policy_class.check_algorithm(self)
         super()._setup_model()
         if self.seed is not None and self.num_timesteps > 0:  # from a file: not the random numbers that it began with
             self.set_random_seed((self.seed + self.num_timesteps) % 2**32)
@@ -336,13 +301,8 @@ class SAFE(ResumableAlgorithm):
         vars(self).update(arguments.checked(vars(self), arguments.CONSTRUCTOR))
         arguments.checked(self.policy_kwargs, arguments.POLICY)
         environments.check_spaces(self.observation_space, self.action_space)
-        self._check_policy()
-        buffer = self.rollout_buffer_class
-        if buffer is not None and not (isinstance(buffer, type) and issubclass(buffer, AnnotatedRollout)):
-            raise ValueError(
-                f"rollout_buffer_class={getattr(buffer, '__name__', repr(buffer))} is not an AnnotatedRollout: derive "
-                "it from a class of sb3_safe.buffers"
-            )
+        check_policy_class(self.policy_class, self.policy_aliases)
+        check_buffer_class(self.rollout_buffer_class)
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
                 f"n_steps * n_envs must be at least 2 to normalise advantages, got n_steps={self.n_steps}, "
@@ -355,21 +315,6 @@ class SAFE(ResumableAlgorithm):
                 f"kl_estimator={self.kl_estimator!r} has the wrong gradient for kl_reference={self.kl_reference!r}; "
                 f"choose one of {ESTIMATORS[self.kl_reference]}"
             )
-
-    def _check_policy(self) -> None:
-        policy, ancestors = self.policy_class, self.policy_class.__mro__
-        if not issubclass(policy, PessimisticCritics):
-            raise ValueError(
-                f"policy={policy.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one of "
-                f"{', '.join(self.policy_aliases)}"
-            )
-        first = {name: [name in vars(c) for c in ancestors].index(True) for name in ("evaluate", "evaluate_actions")}
-        if first["evaluate_actions"] < first["evaluate"]:
-            raise ValueError(
-                f"policy={policy.__name__} overrides evaluate_actions, which training does not call: override "
-                "evaluate, which tells the critics apart"
-            )
-        policy.check_algorithm(self)
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -403,19 +348,10 @@ class SAFE(ResumableAlgorithm):
         given = {"total_timesteps": total_timesteps, "log_interval": log_interval}
         given = arguments.checked(given, arguments.LEARN)
         total_timesteps, log_interval = given["total_timesteps"], given["log_interval"]
-        n_updates = self._n_updates
-        try:
+        with self._rescuing():
             return super().learn(
                 total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
             )
-        except BaseException as error:
-            self._last_obs = None  # environments may have stopped halfway through a step: next time they begin anew
-            broke_down = isinstance(error, NonFiniteError)
-            if broke_down and self._last_good is not None:
-                self._last_good.restore()
-            if broke_down or (isinstance(error, Exception) and self._n_updates > n_updates):
-                self._rescue(error)
-            raise
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback | list):
@@ -460,7 +396,6 @@ class SAFE(ResumableAlgorithm):
         """What the loss and the controller need to know of a finished rollout, once."""
         buffer, policy, controller = self.rollout_buffer, self.policy, self.controller
         needs_reference = controller.active and self.kl_reference == "initial"
-        self._any_lost = False
         if policy.rollout_is_approximate or needs_reference or self.clip_range_vf is not None:
             written = buffer.log_probs
             buffer.annotate(functools.partial(self._annotations, needs_reference), self.batch_size)
@@ -469,10 +404,13 @@ class SAFE(ResumableAlgorithm):
         if needs_reference:
             log_ratio = buffer.flat("log_probs") - buffer.annotations["reference_log_prob"]
             self.measured_kl = functional.k1(log_ratio).mean().item()
-            if self._max_drift is not None:
-                lost = (log_ratio > self._max_drift).float().mean().item()
-                self._any_lost = lost > 0
-                self.logger.record("safe/lost", lost)
+            # Densities have no limit.
+            if controller.max_drift is not None and not isinstance(self.action_space, spaces.Box):
+                lost = log_ratio > controller.max_drift
+                share = lost.float().mean().item()
+                if share > 0:
+                    buffer.annotations["lost"] = lost
+                self.logger.record("safe/lost", share)
         if controller.active:
             # The mean of -log pi over the actions taken estimates the entropy, without another forward pass.
             dimensions = max(1, buffer.action_dim)
@@ -510,13 +448,11 @@ class SAFE(ResumableAlgorithm):
 
     def train(self) -> None:
         """One update: ``n_epochs`` passes over the rollout."""
-        policy, progress = self.policy, self._current_progress_remaining
+        policy = self.policy
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        self._clip = self.clip_range(progress)  # type: ignore[operator]
-        self._clip_vf = self.clip_range_vf(progress) if self.clip_range_vf is not None else None  # type: ignore[operator]
-        self._delta = None if self.huber_delta is None else self.huber_delta * self._critic_rms()
-        start = self._get_moved()
+        self._objective = self._make_objective()
+        bound = TrustBound(policy, self.max_preview_kl)
         log: list[dict[str, float]] = []
         for epoch, pieces in (
             (i, pieces) for i in range(self.n_epochs) for pieces in self.rollout_buffer.minibatches(self.batch_size)
@@ -524,27 +460,42 @@ class SAFE(ResumableAlgorithm):
             log.append(self._gradient(pieces) | {"epoch": epoch, "actions": sum(len(p.actions) for p in pieces)})
             if self.target_kl is not None and log[-1]["approx_kl"] > 1.5 * self.target_kl:
                 break
-            taken = math.isfinite(log[-1]["loss"]) and self._step(self._preview_scale(log))
+            taken = math.isfinite(log[-1]["loss"]) and self._step(bound.step_scale(log))
             log[-1]["skipped"] = float(not taken)
         n_skipped = sum(parts.get("skipped", 0.0) for parts in log)
         self.n_skipped_steps += round(n_skipped)
         if n_skipped > len(log) / 2:
-            self._set_moved(start)
+            bound.undo()
             raise NonFiniteError(describe_steps(log, self.num_timesteps))
         means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
-        kept = self._keep_within_bound(start, log)
+        kept = bound.keep(log, functools.partial(self.rollout_buffer.in_order, self.batch_size))
         if self.kl_reference == "rollout":
             last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
             # What is left of nothing is 0, though nothing in the last epoch may have been finite.
             self.measured_kl = mean_of_finite(last_epoch) * kept**2 if kept > 0 else 0.0
         self._log_update(means, kept)
 
+    def _make_objective(self) -> Objective:
+        """What the coming update minimises."""
+        progress = self._current_progress_remaining
+        return Objective(
+            clip_range=self.clip_range(progress),  # type: ignore[operator]
+            normalize_advantage=self.normalize_advantage,
+            vf_coef=self.vf_coef,
+            huber_delta=None if self.huber_delta is None else self.huber_delta * self._critic_rms(),
+            clip_range_vf=None if self.clip_range_vf is None else self.clip_range_vf(progress),  # type: ignore[operator]
+            ent_coef=self.ent_coef,
+            kl_estimator=self.kl_estimator,
+            kl_coefficient=self.controller.coefficient,
+            trains_policy=self._n_updates >= self.critic_warmup * self.n_epochs,
+        )
+
     def _critic_rms(self) -> float:
         """Root mean square of the critic's error on the rollout, in units of the return.
 
-        What is an outlier is so beside other errors. Beside the spread of the returns every state is one as soon as
-        all returns have moved, and a loss that is linear everywhere teaches how far they moved, not where.
+        An outlier is judged against typical errors of the critic. Against the spread of the returns, every state would
+        be one as soon as all returns shift, and the loss linear everywhere.
         """
         error = self.rollout_buffer.returns - self.rollout_buffer.values
         return max(float(np.sqrt(np.mean(np.square(error)))), 1e-6)
@@ -555,12 +506,11 @@ class SAFE(ResumableAlgorithm):
         :return: means over all its actions, for the log.
         """
         self.policy.optimizer.zero_grad()
-        needs_kl = self.controller.active and self.kl_estimator != "k1" and self._trains_policy()
-        self._minibatch_kl = self._measure_kl(pieces) if needs_kl and len(pieces) > 1 else None
-        # A subclass's own loss is known to nobody else.
+        needs_kl = self.controller.active and self.kl_estimator != "k1" and self._objective.trains_policy
+        kl = self._measure_kl(pieces) if needs_kl and len(pieces) > 1 else None
         own_loss = any(getattr(getattr(self, name), "__func__", None) is not getattr(SAFE, name) for name in LOSS)
-        if len(pieces) == 1 and not own_loss and not self._any_lost:
-            fast: dict[str, float] | None = self.policy.fast_gradient(pieces[0], self._objective())
+        if len(pieces) == 1 and not own_loss and pieces[0].lost is None:
+            fast: dict[str, float] | None = self.policy.fast_gradient(pieces[0], self._objective)
             if fast is not None:
                 return fast
         sizes = [len(piece.actions) for piece in pieces]
@@ -569,7 +519,7 @@ class SAFE(ResumableAlgorithm):
             advantages = functional.normalize(advantages)
         means: dict[str, float] = defaultdict(float)
         for piece, size, normalized in zip(pieces, sizes, th.split(advantages, sizes), strict=True):
-            loss, parts = self._loss(piece._replace(advantages=normalized))
+            loss, parts = self._loss(piece._replace(advantages=normalized), kl)
             share = size / len(advantages)
             for name, value in parts.items():
                 means[name] += share * value
@@ -578,61 +528,46 @@ class SAFE(ResumableAlgorithm):
             loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
         return means
 
-    def _objective(self) -> Objective:
-        """What :meth:`_loss` computes, for a policy that knows a faster way."""
-        return Objective(
-            clip_range=self._clip,
-            normalize_advantage=self.normalize_advantage,
-            vf_coef=self.vf_coef,
-            huber_delta=self._delta,
-            clip_range_vf=self._clip_vf,
-            ent_coef=self.ent_coef,
-            kl_estimator=self.kl_estimator,
-            kl_coefficient=self.controller.coefficient,
-            trains_policy=self._trains_policy(),
-        )
+    def _loss(self, batch: SafeSamples, kl: float | None = None) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a minibatch ``[]``, and means over its actions for the log.
 
-    def _trains_policy(self) -> bool:
-        return self._n_updates >= self.critic_warmup * self.n_epochs
-
-    def _loss(self, batch: SafeSamples) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a minibatch ``[]``, and means over its actions for the log."""
-        evaluation = Evaluation(*self.policy.evaluate(batch.observations, batch.actions))
+        :param kl: of the minibatch that this is a piece of; ``None``: it is whole.
+        """
+        aim, policy = self._objective, self.policy
+        evaluation: Evaluation = policy.evaluate(batch.observations, batch.actions)
         values, log_prob, entropy, _ = evaluation
         if entropy is None:  # no closed form: the log-probability of the actions taken stands in, as in SB3
             entropy = -log_prob
         log_ratio = log_prob - batch.old_log_prob
-        surrogate = functional.clipped_surrogate(log_ratio, batch.advantages, self._clip)
-        error = functional.critic_error(values, batch.returns, self._delta, batch.old_critic_values, self._clip_vf)
-        # Everything is a mean over actions, so it is added up per action and reduced once.
-        loss = self.vf_coef * error
-        trains_policy = self._trains_policy()
-        if trains_policy:
-            loss = surrogate + loss
-        if self.ent_coef != 0 and trains_policy:
-            loss = loss - self.ent_coef * entropy
+        surrogate = functional.clipped_surrogate(log_ratio, batch.advantages, aim.clip_range)
+        old_values = batch.old_critic_values
+        error = functional.critic_error(values, batch.returns, aim.huber_delta, old_values, aim.clip_range_vf)
         with th.no_grad():
-            update_kl = functional.k3(log_ratio)
             statistics = {
                 "policy_gradient_loss": surrogate,
                 "value_loss": error,
                 "entropy_loss": -entropy,
-                "approx_kl": update_kl,
-                "clip_fraction": th.expm1(log_ratio).abs() > self._clip,
+                "approx_kl": functional.k3(log_ratio),
+                "clip_fraction": th.expm1(log_ratio).abs() > aim.clip_range,
                 "critic_gap": values.amax(dim=-1) - values.amin(dim=-1),
                 "kl": self._kl(batch, log_prob),
             }
-            means = th.stack([value.to(loss.dtype) for value in statistics.values()]).mean(dim=1).tolist()
+            means = th.stack([value.to(surrogate.dtype) for value in statistics.values()]).mean(dim=1).tolist()
         parts = dict(zip(statistics, means, strict=True))
-        if self.kl_estimator != "k1" and trains_policy:  # k1 is in the reward already
-            kl = parts["kl"] if self._minibatch_kl is None else self._minibatch_kl
-            coefficient = self.controller.coefficient(kl)
+        # Everything is a mean over actions, so it is added up per action and reduced once.
+        loss = aim.vf_coef * error
+        if aim.trains_policy:
+            loss = surrogate + loss
+            if aim.ent_coef != 0:
+                loss = loss - aim.ent_coef * entropy
+            # k1 is in the reward already.
+            coefficient = 0.0 if aim.kl_estimator == "k1" else aim.kl_coefficient(parts["kl"] if kl is None else kl)
             if coefficient > 0:
                 loss = loss + coefficient * self._kl_term(batch, evaluation, log_ratio)
-        lost = self._lost(batch)
-        if lost is not None and trains_policy:  # where the policy is certain, nothing above has a gradient
-            log_others = self.policy.log_others(batch.observations, batch.actions, evaluation, lost)
-            loss = loss.index_add(0, lost, functional.unlikelihood(log_others), alpha=self.controller.coef)
+            if batch.lost is not None and batch.lost.any():  # where the policy is certain, nothing above has a gradient
+                lost = th.nonzero(batch.lost).view(-1)
+                log_others = policy.log_others(batch.observations, batch.actions, evaluation, lost)
+                loss = loss.index_add(0, lost, functional.unlikelihood(log_others), alpha=self.controller.coef)
         total = loss.mean()
         parts["loss"] = total.item()
         return total, parts
@@ -649,18 +584,6 @@ class SAFE(ResumableAlgorithm):
         kls = [self._kl(piece, self.policy.evaluate(piece.observations, piece.actions).log_prob) for piece in pieces]
         return th.cat(kls).mean().item()
 
-    @property
-    def _max_drift(self) -> float | None:
-        """The limit on the drift of one action; densities have none."""
-        return None if isinstance(self.action_space, spaces.Box) else self.controller.max_drift
-
-    def _lost(self, batch: SafeSamples) -> Tensor | None:
-        """Which actions ``[n]`` of a minibatch drifted beyond the limit in the rollout; ``None`` where none did."""
-        if self._max_drift is None or batch.reference_log_prob is None or not self._any_lost:
-            return None
-        lost = th.nonzero(batch.old_log_prob - batch.reference_log_prob > self._max_drift).view(-1)
-        return lost if len(lost) > 0 else None
-
     def _kl_term(self, batch: SafeSamples, evaluation: Evaluation, log_ratio: Tensor) -> Tensor:
         """KL to the reference per action ``[B]``, by the estimator whose gradient is right for it."""
         if batch.reference_log_prob is None:
@@ -673,22 +596,18 @@ class SAFE(ResumableAlgorithm):
     def _step(self, scale: float) -> bool:
         """A step along the gradient, ``scale`` times as long as it would be; not taken where that is not finite."""
         optimizer = self.policy.optimizer
-        # A group may have a limit of its own; the others share one.
-        limits = [
-            (group["params"], group["max_grad_norm"]) for group in optimizer.param_groups if "max_grad_norm" in group
-        ]
-        shared = [group["params"] for group in optimizer.param_groups if "max_grad_norm" not in group]
-        limits.append(([parameter for params in shared for parameter in params], self.max_grad_norm))
-        excess = []
-        for parameters, limit in limits:
-            trained = [parameter for parameter in parameters if parameter.grad is not None]
-            norm = th.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-            if not math.isfinite(norm.item()):
-                return False
+        limits: list[tuple[list[Tensor], float]] = [([], self.max_grad_norm)]
+        for group in optimizer.param_groups:
+            if "max_grad_norm" in group:  # a group may have a limit of its own; the others share one
+                limits.append((group["params"], group["max_grad_norm"]))
+            else:
+                limits[0][0].extend(group["params"])
+        norms = [th.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) for params, _ in limits]
+        if not all(math.isfinite(norm.item()) for norm in norms):
+            return False
+        for (params, limit), norm in zip(limits, norms, strict=True):
             if norm.item() > limit:
-                excess.append((trained, limit, norm))
-        for trained, limit, norm in excess:
-            th.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+                th.nn.utils.clip_grads_with_norm_(params, limit, norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale
@@ -699,69 +618,12 @@ class SAFE(ResumableAlgorithm):
             self.policy.update_target_critics(self.critic_tau)
         return True
 
-    # -- the promise: no update moves the policy further than max_preview_kl ----------------------------------------
-
-    def _preview_scale(self, log: list[dict[str, float]]) -> float:
-        """How much of the coming step to take; see :func:`~sb3_safe.trust_bound.preview_scale`."""
-        if self.max_preview_kl is None:
-            return 1.0
-        before = log[-2]["approx_kl"] if len(log) > 1 else 0.0
-        return preview_scale(log[-1]["approx_kl"], before, self.max_preview_kl)
-
-    def _keep_within_bound(self, start: list[Tensor], log: list[dict[str, float]]) -> float:
-        """Undo as much of the update as takes the policy beyond ``max_preview_kl``.
-
-        :param start: what :meth:`_get_moved` gave before the update.
-        :param log: of every minibatch, how many ``actions`` it had, and their KL to the rollout policy before its step,
-            ``approx_kl``, nats per action.
-        :return: the share of the update that was kept, 0 to 1; see :func:`~sb3_safe.trust_bound.walk_back`.
-        """
-        if self.max_preview_kl is None:
-            return 1.0
-        # Measuring the whole rollout takes as long as a third of an epoch: only where the last step could matter.
-        told = min(parts["actions"] for parts in log) >= MIN_TELLING
-        if told and surely_within([parts["approx_kl"] for parts in log], self.max_preview_kl):
-            return 1.0
-        return walk_back(start, self._get_moved(), self._set_moved, self._whole_batch_kl, self.max_preview_kl)
-
-    @th.no_grad()
-    def _whole_batch_kl(self) -> float:
-        """KL of the rollout policy to the policy as it is now, over the whole rollout, nats per action."""
-        if not all(th.isfinite(parameter).all() for parameter in self._trainable()):
-            return math.inf
-        self.policy.set_training_mode(False)
-        total = th.zeros(())
-        count = 0
-        for batch in self.rollout_buffer.in_order(self.batch_size):
-            log_prob = self.policy.evaluate(batch.observations, batch.actions).log_prob
-            # In double precision, which not every device has.
-            total = total + functional.k3(log_prob - batch.old_log_prob).cpu().double().sum()
-            count += len(log_prob)
-        return float(total) / count
-
-    def _trainable(self) -> list[Tensor]:
-        return [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
-
-    def _moved(self) -> list[Tensor]:
-        """What an update moves: the parameters that are trained, and the target critics that follow them."""
-        named = itertools.chain(self.policy.named_parameters(), self.policy.named_buffers())
-        return [*self._trainable(), *(tensor for name, tensor in named if name.startswith("target_"))]
-
-    def _get_moved(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self._moved()]
-
-    @th.no_grad()
-    def _set_moved(self, values: Iterable[Tensor]) -> None:
-        for tensor, value in zip(self._moved(), values, strict=True):
-            tensor.copy_(value)
-        # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
-        self.policy.set_training_mode(True)
-
     # -- log and files ---------------------------------------------------------------------------------------------
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may go beyond the budget. A schedule that falls to 0 would go below it, and the loss uphill.
+        # The last rollout may go beyond the budget. Otherwise progress turns negative, and with it a linear schedule's
+        # learning rate.
         self._current_progress_remaining = max(0.0, self._current_progress_remaining)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
@@ -778,9 +640,9 @@ class SAFE(ResumableAlgorithm):
             record(f"train/{name}", means[name])
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-        record("train/clip_range", self._clip)
-        if self._clip_vf is not None:
-            record("train/clip_range_vf", self._clip_vf)
+        record("train/clip_range", self._objective.clip_range)
+        if self._objective.clip_range_vf is not None:
+            record("train/clip_range_vf", self._objective.clip_range_vf)
         if hasattr(policy, "log_std"):
             record("train/std", th.exp(policy.log_std).mean().item())
         record("safe/critic_gap", means["critic_gap"])
@@ -799,4 +661,4 @@ class SAFE(ResumableAlgorithm):
             self.policy.drop_target_critics()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_finished_returns", "_last_good"]
+        return [*super()._excluded_save_params(), "_finished_returns", "_last_good", "_objective"]

@@ -5,11 +5,99 @@ by ``max / foreseen`` where the KL grows with the square of the step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any
 
 import torch as th
 from torch import Tensor
+
+from sb3_safe import functional
+from sb3_safe.buffers import SafeSamples
+from sb3_safe.controller import Reference
+
+# Nats per action. A text has many actions, whose distances add up.
+MAX_PREVIEW_KL: dict[Reference, float] = {"initial": 0.02, "rollout": 0.5}
+MIN_TELLING = 16
+"""Actions of a minibatch. Smaller minibatches (the leftover of an epoch) are too small for their KL to stand for the
+rollout's, and a step of theirs may be far longer: the advantage of a single action is not normalised."""
+
+
+def trained_parameters(policy: Any) -> list[Tensor]:
+    """Those that the optimizer of a policy moves."""
+    return [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
+
+
+class TrustBound:
+    """Keeps as much of one update as stays within a KL to the rollout policy.
+
+    What its methods call ``log`` says of every minibatch of the update so far how many ``actions`` it has, and their KL
+    to the rollout policy before its step, ``approx_kl``, nats per action.
+
+    :param policy: before its update.
+    :param bound: nats per action; ``None``: everything is kept.
+    """
+
+    def __init__(self, policy: Any, bound: float | None) -> None:
+        self.policy, self.bound = policy, bound
+        # What an update moves: the parameters that are trained, and the target critics that follow them.
+        named = chain(policy.named_parameters(), policy.named_buffers())
+        targets = (tensor for name, tensor in named if name.startswith("target_"))
+        self._moved = [*trained_parameters(policy), *targets]
+        self._start = self._copy()
+
+    def step_scale(self, log: Sequence[Mapping[str, float]]) -> float:
+        """How much of the coming step to take; see :func:`preview_scale`.
+
+        :param log: with the minibatch at hand.
+        """
+        if self.bound is None:
+            return 1.0
+        return preview_scale(log[-1]["approx_kl"], log[-2]["approx_kl"] if len(log) > 1 else 0.0, self.bound)
+
+    def keep(self, log: Sequence[Mapping[str, float]], batches: Callable[[], Iterable[SafeSamples]]) -> float:
+        """Undo as much of the update as takes the policy beyond the bound.
+
+        :param log: of the whole update.
+        :param batches: gives the whole rollout.
+        :return: the share of the update that was kept, 0 to 1; see :func:`walk_back`.
+        """
+        if self.bound is None:
+            return 1.0
+        # Measuring the whole rollout takes as long as a third of an epoch: only where the last step could matter.
+        telling = min(parts["actions"] for parts in log) >= MIN_TELLING
+        if telling and surely_within([parts["approx_kl"] for parts in log], self.bound):
+            return 1.0
+        return walk_back(self._start, self._copy(), self._place, lambda: self.kl(batches()), self.bound)
+
+    def undo(self) -> None:
+        """Back to where the policy was before the update."""
+        self._place(self._start)
+
+    @th.no_grad()
+    def kl(self, batches: Iterable[SafeSamples]) -> float:
+        """KL of the rollout policy to the policy as it is now, over a whole rollout, nats per action."""
+        if not all(th.isfinite(parameter).all() for parameter in trained_parameters(self.policy)):
+            return math.inf
+        self.policy.set_training_mode(False)
+        total = th.zeros(())
+        count = 0
+        for batch in batches:
+            log_prob = self.policy.evaluate(batch.observations, batch.actions).log_prob
+            # In double precision, which not every device has.
+            total = total + functional.k3(log_prob - batch.old_log_prob).cpu().double().sum()
+            count += len(log_prob)
+        return float(total) / count
+
+    def _copy(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._moved]
+
+    @th.no_grad()
+    def _place(self, values: Iterable[Tensor]) -> None:
+        for tensor, value in zip(self._moved, values, strict=True):
+            tensor.copy_(value)
+        # Switching modes tells a policy that keeps anything computed from its weights that they have changed.
+        self.policy.set_training_mode(True)
 
 
 def preview_scale(kl: float, kl_before: float, bound: float) -> float:

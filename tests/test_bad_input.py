@@ -23,6 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_safe import SAFE, FixedKL, NonFiniteError, TwinCriticPolicy, environments
+from sb3_safe.trust_bound import trained_parameters
 from tests.tiny_envs import ACTIONS, PoisonedEnv, TinyEnv
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
@@ -151,7 +152,7 @@ def test_no_clipping_of_the_gradient_is_said_to_be_infinity_and_is():
     unclipped, huge = (
         SAFE("MlpPolicy", "CartPole-v1", max_grad_norm=limit, **SMALL).learn(32) for limit in (math.inf, 1e9)
     )
-    assert all(map(th.equal, unclipped._trainable(), huge._trainable()))
+    assert all(map(th.equal, trained_parameters(unclipped.policy), trained_parameters(huge.policy)))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def poison_gradient(model: SAFE, which: Callable[[int], bool]) -> None:
     def poisoned_gradient(pieces: Any) -> Any:
         means = gradient(pieces)
         if which(next(calls)):
-            model._trainable()[0].grad.fill_(math.inf)
+            trained_parameters(model.policy)[0].grad.fill_(math.inf)
         return means
 
     model._gradient = poisoned_gradient  # type: ignore[method-assign]
@@ -380,7 +381,7 @@ def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: An
     logged = model.logger.name_to_value
     assert logged["safe/skipped_steps"] == 1
     assert all(np.isfinite(logged[name]) for name in ("train/loss", "train/approx_kl", "train/value_loss"))
-    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model._trainable())
+    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in trained_parameters(model.policy))
 
 
 @pytest.mark.parametrize("critic_tau", [1.0, 0.5])

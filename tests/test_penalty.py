@@ -9,6 +9,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_safe import SAFE, AdaptiveKL, FixedKL, SafeController
 from sb3_safe.buffers import SafeSamples
+from sb3_safe.trust_bound import trained_parameters
 
 
 class InPrecisionOfPolicy(FlattenExtractor):
@@ -43,7 +44,7 @@ def update_again(model: SAFE, coef: float, seed: int = 1) -> np.ndarray:
     model.env.seed(seed)
     model.env.reset()
     model.learn(32, reset_num_timesteps=True)
-    return flat(model._trainable())
+    return flat(trained_parameters(model.policy))
 
 
 @pytest.mark.parametrize(("reference", "estimator"), [*ESTIMATORS, ("initial", "k1")])
@@ -110,7 +111,7 @@ def objective(model: SAFE, batch: SafeSamples) -> float:
 
 def loss_and_gradient(model: SAFE, batch: SafeSamples) -> tuple[float, np.ndarray]:
     loss, _ = model._loss(batch)
-    parameters = model._trainable()
+    parameters = trained_parameters(model.policy)
     gradients = th.autograd.grad(loss, parameters, allow_unused=True)
     return loss.item(), flat(th.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
 
@@ -118,7 +119,7 @@ def loss_and_gradient(model: SAFE, batch: SafeSamples) -> tuple[float, np.ndarra
 def slopes(model: SAFE, batch: SafeSamples, step: float = 1e-6) -> np.ndarray:
     """Central differences of :func:`objective` in every parameter."""
     found = []
-    for parameter in model._trainable():
+    for parameter in trained_parameters(model.policy):
         entries = parameter.data.view(-1)
         for index in range(len(entries)):
             centre, values = entries[index].item(), []
@@ -227,7 +228,7 @@ def test_while_the_critics_warm_up_no_action_is_unlearned():
 
 def test_a_limit_that_nothing_passes_changes_nothing():
     parameters = [
-        flat(make(kl_reference="initial", kl_controller_kwargs={"max_drift": limit}).learn(96)._trainable())
+        flat(make(kl_reference="initial", kl_controller_kwargs={"max_drift": limit}).learn(96).policy.parameters())
         for limit in (None, 50.0)
     ]
     np.testing.assert_array_equal(*parameters)
@@ -237,7 +238,7 @@ def test_densities_have_no_limit_and_neither_has_the_rollout_policy():
     for env_id, reference in (("Pendulum-v1", "initial"), ("CartPole-v1", "rollout")):
         model = make(env_id, kl_reference=reference, kl_controller_kwargs={"max_drift": 1e-9})
         model.learn(64, log_interval=1000)
-        assert model._lost(next(model.rollout_buffer.in_order(16))) is None
+        assert next(model.rollout_buffer.in_order(16)).lost is None
         assert "safe/lost" not in model.logger.name_to_value
 
 

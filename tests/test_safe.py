@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNo
 from sb3_safe import SAFE, TwinCriticPolicy
 from sb3_safe.buffers import SafeRolloutBuffer
 from sb3_safe.controller import rollout_threshold
+from sb3_safe.trust_bound import trained_parameters
 from tests.tiny_envs import ACTIONS, TinyEnv
 
 SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
@@ -25,7 +26,7 @@ SMALL: dict[str, Any] = SETTINGS | {"policy_kwargs": {"net_arch": [8]}}
 
 
 def parameters(model: SAFE) -> np.ndarray:
-    return th.cat([parameter.detach().flatten() for parameter in model._trainable()]).numpy()
+    return th.cat([parameter.detach().flatten() for parameter in trained_parameters(model.policy)]).numpy()
 
 
 def learn(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", steps: int = 96, **kwargs: Any) -> SAFE:
@@ -164,7 +165,7 @@ def test_a_schedule_ends_at_no_progress_though_the_last_rollout_goes_beyond_the_
     model.learn(40)
     assert model.num_timesteps == 64
     assert min(seen) == 0.0
-    assert model.policy.optimizer.param_groups[0]["lr"] == model._clip == 0.0
+    assert model.policy.optimizer.param_groups[0]["lr"] == model._objective.clip_range == 0.0
 
 
 def test_clipping_holds_every_critic_near_its_own_old_value():
@@ -208,8 +209,9 @@ def test_the_critics_loss_is_linear_beyond_a_multiple_of_their_error_wherever_th
 
     model = learn(steps=32, rollout_buffer_class=Shifted, huber_delta=2.0)
     errors = model.rollout_buffer.returns - model.rollout_buffer.values
-    assert model._delta == pytest.approx(2.0 * np.sqrt(np.mean(errors**2)), rel=1e-5)
-    assert np.abs(errors).max() < model._delta
+    delta = model._objective.huber_delta
+    assert delta == pytest.approx(2.0 * np.sqrt(np.mean(errors**2)), rel=1e-5)
+    assert np.abs(errors).max() < delta
 
 
 def test_pessimism_lowers_the_values_that_advantages_are_made_of():

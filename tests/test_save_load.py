@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 
 from sb3_safe import SAFE, FixedKL, KLController
 from sb3_safe.controller import rollout_threshold
+from sb3_safe.trust_bound import trained_parameters
 
 SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
 KINDS = {
@@ -127,12 +128,12 @@ def test_training_goes_on_after_loading_with_other_environments(tmp_path: Path, 
     model.save(tmp_path / "model")
     loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 3))
     assert loaded.n_envs == 3
-    before = [parameter.clone() for parameter in loaded._trainable()]
+    before = [parameter.clone() for parameter in trained_parameters(loaded.policy)]
     reached = loaded.num_timesteps
     loaded.learn(96, reset_num_timesteps=False)
     assert loaded.num_timesteps == reached + 96
     assert loaded.rollout_buffer.rewards.shape == (32, 3)
-    assert any(not th.equal(old, new) for old, new in zip(before, loaded._trainable(), strict=True))
+    assert any(not th.equal(old, new) for old, new in zip(before, trained_parameters(loaded.policy), strict=True))
 
 
 def test_a_threshold_that_follows_the_size_of_rollouts_follows_to_another_one_on_loading(tmp_path: Path):
@@ -201,10 +202,10 @@ def test_arguments_can_be_replaced_on_loading(tmp_path: Path):
         tmp_path / "model", env=model.env, learning_rate=1e-9, n_steps=48, clip_range=0.05, max_preview_kl=0.3
     )
     assert (loaded.n_steps, loaded.clip_range(1.0), loaded.max_preview_kl) == (48, 0.05, 0.3)
-    before = [parameter.clone() for parameter in loaded._trainable()]
+    before = [parameter.clone() for parameter in trained_parameters(loaded.policy)]
     loaded.learn(48)
     assert loaded.rollout_buffer.buffer_size == 48
-    for old, new in zip(before, loaded._trainable(), strict=True):
+    for old, new in zip(before, trained_parameters(loaded.policy), strict=True):
         np.testing.assert_allclose(old.detach(), new.detach(), atol=1e-6)
 
 

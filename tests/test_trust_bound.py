@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_safe import SAFE
-from sb3_safe.trust_bound import preview_scale, surely_within
+from sb3_safe.trust_bound import TrustBound, preview_scale, surely_within, trained_parameters
 from tests.tiny_envs import TinyEnv
 
 FAR = [{"approx_kl": 1.0, "actions": 64}] * 2
@@ -102,13 +102,18 @@ def test_a_small_update_is_kept_whole():
 
 def learned(**kwargs: Any) -> tuple[Watched, list[th.Tensor]]:
     model = watched(**kwargs).learn(128)
-    return model, [parameter.detach().clone() for parameter in model._trainable()]
+    return model, [parameter.detach().clone() for parameter in trained_parameters(model.policy)]
 
 
-def collect(model: SAFE) -> None:
+def collect(model: SAFE) -> TrustBound:
     """A fresh rollout, so that the policy as it is now is the one that collected the data."""
     _, callback = model._setup_learn(10**6, None)
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return TrustBound(model.policy, model.max_preview_kl)
+
+
+def keep(bound: TrustBound, model: SAFE) -> float:
+    return bound.keep(FAR, lambda: model.rollout_buffer.in_order(model.batch_size))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -116,31 +121,27 @@ def collect(model: SAFE) -> None:
     "env_id", ["CartPole-v1", "Pendulum-v1", "Tiny-vector-multi_discrete-v0", "Tiny-vector-multi_binary-v0"]
 )
 def test_parameters_that_are_not_finite_go_back_to_exactly_the_old_ones(env_id: str, value: float):
-    model, _ = learned(env_id=env_id)
-    collect(model)
-    start = model._get_moved()
+    model, start = learned(env_id=env_id)
+    bound = collect(model)
     with th.no_grad():
-        for parameter in model._trainable():
+        for parameter in trained_parameters(model.policy):
             parameter.view(-1)[0] = value
-    kept = model._keep_within_bound(start, FAR)
-    assert kept == 0.0
-    for before, after in zip(start, model._trainable(), strict=True):
+    assert keep(bound, model) == 0.0
+    for before, after in zip(start, trained_parameters(model.policy), strict=True):
         assert th.equal(before, after)
 
 
 def test_walking_back_stays_on_the_line_to_the_old_parameters():
-    model, _ = learned()
-    collect(model)
-    start = model._get_moved()
+    model, start = learned(max_preview_kl=0.01)
+    bound = collect(model)
     direction = [th.randn_like(parameter) for parameter in start]
     with th.no_grad():
-        for parameter, step in zip(model._trainable(), direction, strict=True):
+        for parameter, step in zip(trained_parameters(model.policy), direction, strict=True):
             parameter.add_(3.0 * step)
-    model.max_preview_kl = 0.01
-    kept = model._keep_within_bound(start, FAR)
+    kept = keep(bound, model)
     assert 0.0 < kept < 1.0
     assert whole_batch_kl(model) <= 0.01
-    for before, after, step in zip(start, model._trainable(), direction, strict=True):
+    for before, after, step in zip(start, trained_parameters(model.policy), direction, strict=True):
         np.testing.assert_allclose((after - before).detach(), kept * 3.0 * step, atol=1e-5)
 
 
@@ -149,10 +150,10 @@ def state(model: SAFE) -> dict[str, th.Tensor]:
 
 
 @pytest.mark.parametrize("bound", [0.01, 1e-30])
-def test_target_critics_go_back_by_the_share_by_which_the_critics_do(bound: float):
+def test_target_critics_go_back_by_the_share_by_which_the_critics_do(bound: float, monkeypatch: pytest.MonkeyPatch):
     model = watched(critic_tau=0.5, learning_rate=0.1, max_preview_kl=bound)
-    keep, ends = model._keep_within_bound, []
-    model._keep_within_bound = lambda *args: (ends.append(state(model)), keep(*args))[1]  # type: ignore[method-assign]
+    keep, ends = TrustBound.keep, []
+    monkeypatch.setattr(TrustBound, "keep", lambda *args: (ends.append(state(model)), keep(*args))[1])
     starts = state(model)
     model.learn(128)
     kept = model.kept[0]
@@ -205,44 +206,42 @@ def test_a_last_minibatch_of_one_action_does_not_leap_unmeasured():
 
 
 def test_a_bound_below_rounding_ends_and_keeps_the_old_parameters():
-    model, _ = learned(max_preview_kl=1e-30)
-    collect(model)
-    start = model._get_moved()
+    model, start = learned(max_preview_kl=1e-30)
+    bound = collect(model)
     # The rollout's own log-probabilities are a rounding away from those that are computed anew.
     model.rollout_buffer.log_probs += 1e-4
     model.rollout_buffer._flat = {}
     calls = iter(range(50))
 
-    def counted(measure: Any = model._whole_batch_kl) -> float:
+    def counted(batches: Any, measure: Any = bound.kl) -> float:
         assert next(calls, None) is not None, "walks back for ever"
-        return float(measure())
+        return float(measure(batches))
 
-    model._whole_batch_kl = counted  # type: ignore[method-assign]
+    bound.kl = counted  # type: ignore[method-assign]
     with th.no_grad():
-        for parameter in model._trainable():
+        for parameter in trained_parameters(model.policy):
             parameter.add_(0.1)
-    model._keep_within_bound(start, FAR)
-    for before, after in zip(start, model._trainable(), strict=True):
+    assert keep(bound, model) == 0.0
+    for before, after in zip(start, trained_parameters(model.policy), strict=True):
         assert th.equal(before, after)
 
 
-def preview(model: SAFE, *kls: float) -> float:
-    return model._preview_scale([{"approx_kl": kl} for kl in kls])
+def preview(*kls: float) -> float:
+    return TrustBound(watched().policy, 0.04).step_scale([{"approx_kl": kl} for kl in kls])
 
 
 def test_the_preview_shrinks_a_step_by_the_root_of_the_foreseen_excess():
-    model = watched(max_preview_kl=0.04)
     # KL grows with the square of the distance: 0.01 after one step, 0.04 after two, 0.09 after three.
-    assert preview(model, 0.0) == 1.0
-    assert preview(model, 0.0, 0.01) == pytest.approx(1.0)
-    assert preview(model, 0.01, 0.04) == pytest.approx(math.sqrt(0.04 / 0.09))
+    assert preview(0.0) == 1.0
+    assert preview(0.0, 0.01) == pytest.approx(1.0)
+    assert preview(0.01, 0.04) == pytest.approx(math.sqrt(0.04 / 0.09))
     # Coming back: the KL is taken to stay.
-    assert preview(model, 0.16, 0.09) == pytest.approx(math.sqrt(0.04 / 0.09))
+    assert preview(0.16, 0.09) == pytest.approx(math.sqrt(0.04 / 0.09))
 
 
 @pytest.mark.parametrize("kls", [(0.1, math.inf), (math.inf, math.inf), (0.0, math.inf)])
 def test_an_infinite_kl_stops_the_next_step(kls: tuple[float, float]):
-    assert preview(watched(max_preview_kl=0.04), *kls) == 0.0
+    assert preview(*kls) == 0.0
 
 
 def test_minibatches_vouch_for_a_last_step_of_twice_the_longest_before():
@@ -300,7 +299,12 @@ def test_the_length_of_a_step_is_scaled():
         model._gradient([next(model.rollout_buffer.in_order(64))])
         model._step(scale)
         steps.append(
-            th.cat([(now - old).detach().flatten() for now, old in zip(model._trainable(), before, strict=True)])
+            th.cat(
+                [
+                    (now - old).detach().flatten()
+                    for now, old in zip(trained_parameters(model.policy), before, strict=True)
+                ]
+            )
         )
     np.testing.assert_allclose(steps[1], 0.25 * steps[0], atol=1e-6)
 
@@ -308,7 +312,7 @@ def test_the_length_of_a_step_is_scaled():
 def test_a_gradient_that_is_not_finite_is_skipped():
     model, before = learned()
     model._gradient([next(model.rollout_buffer.in_order(64))])
-    model._trainable()[0].grad[0] = math.nan
+    trained_parameters(model.policy)[0].grad[0] = math.nan
     assert not model._step(1.0)
-    for old, now in zip(before, model._trainable(), strict=True):
+    for old, now in zip(before, trained_parameters(model.policy), strict=True):
         assert th.equal(old, now)

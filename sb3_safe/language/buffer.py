@@ -157,6 +157,7 @@ class SegmentBuffer(AnnotatedRollout, DictRolloutBuffer):  # type: ignore[misc]
             picked["returns"],
             picked.get("reference_log_prob"),
             picked.get("old_critic_values"),
+            picked.get("lost"),
             piece.flat_index,
         )
 

@@ -133,10 +133,10 @@ def test_first_ratios_are_one(env_kwargs: dict[str, Any]) -> None:
     ratios = []
     loss = model._loss
 
-    def spy(batch: Any) -> Any:
+    def spy(batch: Any, *args: Any) -> Any:
         log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
         ratios.append(th.exp(log_prob - batch.old_log_prob).detach())
-        return loss(batch)
+        return loss(batch, *args)
 
     model._loss = spy  # type: ignore[method-assign]
     model.train()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from sb3_safe import SAFE
 from sb3_safe.language import SegmentBuffer
+from sb3_safe.trust_bound import trained_parameters
 
 from .conftest import VOCAB_SIZE, make_config, make_tokenizer
 from .test_agreement import rollout, text_model
@@ -17,7 +18,7 @@ from .test_agreement import rollout, text_model
 
 def gradient(model: Any, pieces: Any) -> tuple[list[th.Tensor], dict[str, float]]:
     means = model._gradient(pieces)
-    return [parameter.grad.clone() for parameter in model._trainable()], means
+    return [parameter.grad.clone() for parameter in trained_parameters(model.policy)], means
 
 
 STEEP = {"kl_controller": "safe", "kl_controller_kwargs": {"tau_base": 0.001, "coef": 5.0}}
@@ -38,7 +39,7 @@ def test_pieces_give_the_gradient_of_the_minibatch(arguments: dict[str, Any], en
     model = text_model(env_kwargs, n_steps=40, batch_size=120, ent_coef=0.01, learning_rate=1e-2, **arguments)
     model.learn(240)
     buffer = rollout(model)
-    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    model._objective = model._make_objective()
     wholes = list(buffer.minibatches(120))
     assert [len(pieces) for pieces in wholes] == [1, 1]
     for (whole,) in wholes:
@@ -110,7 +111,7 @@ def test_checkpoints_within_layers_change_memory_and_nothing_else(
         )  # fmt: skip
         buffer = rollout(model)
         model.policy.set_training_mode(True)
-        model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+        model._objective = model._make_objective()
         sizes: list[int] = []
         with th.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
             results.append(gradient(model, next(iter(buffer.minibatches(1000)))))
@@ -179,7 +180,7 @@ def test_critics_warm_up_before_the_policy_moves(env_kwargs: dict[str, Any]) -> 
 def test_policy_and_critics_are_clipped_each_to_its_own_norm(env_kwargs: dict[str, Any]) -> None:
     model = text_model(env_kwargs, max_grad_norm=1.0, policy_kwargs={"critic_max_grad_norm": 0.25}, batch_size=1000)
     rollout(model)
-    model._clip, model._clip_vf, model._delta = 0.2, None, None
+    model._objective = model._make_objective()
     model._gradient(next(iter(model.rollout_buffer.minibatches(1000))))
     before = [parameter.grad.clone() for parameter in model.policy.lm.parameters()]
     for parameter in model.policy.heads.parameters():

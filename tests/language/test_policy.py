@@ -21,6 +21,7 @@ from sb3_safe.language.decoding import DecodeStep
 from sb3_safe.language.slots import SlotCache
 from sb3_safe.language.tokens import SUPPRESSED, sample
 from sb3_safe.policies import Evaluation
+from sb3_safe.trust_bound import trained_parameters
 
 from .conftest import VOCAB_SIZE, make_config
 from .test_agreement import Silent, rollout, text_model
@@ -313,7 +314,7 @@ def test_the_exact_kl_takes_one_pass_of_the_policy(
     )
     model.learn(13 * 6 * 2)
     policy, batch = model.policy, next(iter(rollout(model).get(1000)))
-    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    model._objective = model._make_objective()
     passes: list[bool] = []
     hidden = policy._hidden
     monkeypatch.setattr(policy, "_hidden", lambda *args: passes.append(th.is_grad_enabled()) or hidden(*args))
@@ -324,7 +325,7 @@ def test_the_exact_kl_takes_one_pass_of_the_policy(
             monkeypatch.setattr(policy, "evaluate", lambda *args: Evaluation(*evaluate(*args)[:3]))  # noqa: B023
         policy.optimizer.zero_grad()
         model._loss(batch)[0].backward()
-        gradients.append([parameter.grad.clone() for parameter in model._trainable()])
+        gradients.append([parameter.grad.clone() for parameter in trained_parameters(model.policy)])
     assert passes == [True, False, True, False, True]
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -347,13 +348,12 @@ def test_a_policy_tells_the_probability_of_all_other_tokens(env_kwargs: dict[str
 def test_lost_tokens_are_pushed_down_and_only_they(env_kwargs: dict[str, Any]) -> None:
     model = text_model(env_kwargs, kl_controller_kwargs={"max_drift": 3.0, "coef": 0.5})
     batch = next(iter(rollout(model).get(1000)))
-    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    model._objective = model._make_objective()
     n = len(batch.actions)
     drifts = th.where(th.arange(n) % 3 == 0, 4.0, 0.0)
     batch = batch._replace(reference_log_prob=batch.old_log_prob - drifts)
-    model._any_lost = False
-    (without, _), model._any_lost = model._loss(batch), True
-    with_them, _ = model._loss(batch)
+    without, _ = model._loss(batch)
+    with_them, _ = model._loss(batch._replace(lost=drifts > 3.0))
     log_prob = model.policy.evaluate(batch.observations, batch.actions).log_prob
     expected = -th.log(-th.expm1(log_prob))[drifts > 0].sum() * 0.5 / n
     assert (with_them - without).item() == pytest.approx(expected.item(), rel=1e-3)

@@ -13,6 +13,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from sb3_safe.functional import unlikelihood
 from sb3_safe.language import tokens as tokens_module
 from sb3_safe.language.tokens import SUPPRESSED, TokenDistribution, in_chunks
+from sb3_safe.trust_bound import trained_parameters
 
 from .test_agreement import rollout, text_model
 
@@ -183,14 +184,14 @@ def test_no_distribution_of_a_whole_minibatch_is_kept(
     """What the loss keeps for its gradient does not grow by a vocabulary for every token."""
     model = text_model(env_kwargs, n_steps=64, batch_size=1000, kl_estimator=estimator, kl_controller="fixed")
     batch = next(iter(rollout(model).get(1000)))
-    model._clip, model._clip_vf, model._delta = 0.2, None, 1.0
+    model._objective = model._make_objective()
     gradients, largest = [], []
     for logits in (2**24, 300 * 16):
         monkeypatch.setattr(tokens_module, "CHUNK_LOGITS", logits)
         kept: list[int] = []
         with th.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # noqa: B023
             loss, _ = model._loss(batch)
-        gradients.append(th.autograd.grad(loss, [p for p in model._trainable()], allow_unused=True))
+        gradients.append(th.autograd.grad(loss, [p for p in trained_parameters(model.policy)], allow_unused=True))
         largest.append(max(kept))
     assert largest[0] >= 300 * len(batch.actions)
     assert largest[1] < 300 * len(batch.actions)
