@@ -276,7 +276,7 @@ class SafeController(KLController):
         self.window = window
 
         self.n_updates = 0
-        self.threshold = tau_base * (self.phase_factors["WARMUP"] if threshold == "paper" else 1.0)
+        self.threshold = tau_base
         self.kl_short = self.kl_long = 0.0
         self.gate = 1.0
         self.phase: Phase = "WARMUP"

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch as th
 
 from sb3_safe.buffers import AnnotatedRollout
 
@@ -36,7 +35,6 @@ class LastGood:
             (holder, {name: copy.copy(value) for name, value in vars(holder).items()}) for holder in holders
         ]
 
-    @th.no_grad()
     def restore(self) -> None:
         """Put everything back."""
         for tensor, value in self._tensors:
