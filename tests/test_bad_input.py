@@ -382,6 +382,7 @@ def test_single_minibatches_that_are_not_finite_are_skipped_and_counted(what: An
     assert logged["safe/skipped_steps"] == 1
     assert all(np.isfinite(logged[name]) for name in ("train/loss", "train/approx_kl", "train/value_loss"))
     assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in trained_parameters(model.policy))
+    assert model.learn(64, reset_num_timesteps=False).n_skipped_steps == 1  # since the beginning
 
 
 @pytest.mark.parametrize("critic_tau", [1.0, 0.5])

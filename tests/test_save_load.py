@@ -369,6 +369,14 @@ def test_parameters_can_be_set_in_place(kind: str):
     assert_same_state(source.policy.state_dict(), target.policy.state_dict())
 
 
+def test_parameters_that_are_left_out_stay_as_they_are():
+    model = trained(**KINDS["everything"])
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    part = {name: before[name] + 1.0 for name in ("action_net.weight", "value_weight")}
+    model.set_parameters({"policy": part}, exact_match=False)
+    assert_same_state(model.policy.state_dict(), before | part)
+
+
 def test_without_critic_tau_target_critics_of_a_file_are_not_used(tmp_path: Path):
     """They would never move again, and supply all values."""
     model = trained(critic_tau=0.05)

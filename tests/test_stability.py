@@ -123,4 +123,5 @@ def test_metrics_of_a_run_use_the_columns_it_has() -> None:
     )
     assert stability_metrics([row | {"reward_std": 10.0} for row in rows])["crashes"] == 0  # the gain is but noise
     assert stability_metrics([{"timesteps": 1.0}]) == {}
+    assert stability_metrics(rows[:1]) == {"crashes": 0, "entropy_floor_hits": 0}
     assert stability_metrics([{"entropy": 0.2, "entropy_floor": 0.3}]) == {"entropy_floor_hits": 1}

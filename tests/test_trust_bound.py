@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_safe import SAFE
-from sb3_safe.trust_bound import TrustBound, preview_scale, surely_within, trained_parameters
+from sb3_safe.trust_bound import TrustBound, preview_scale, surely_within, trained_parameters, walk_back
 from tests.tiny_envs import TinyEnv
 
 FAR = [{"approx_kl": 1.0, "actions": 64}] * 2
@@ -143,6 +143,18 @@ def test_walking_back_stays_on_the_line_to_the_old_parameters():
     assert whole_batch_kl(model) <= 0.01
     for before, after, step in zip(start, trained_parameters(model.policy), direction, strict=True):
         np.testing.assert_allclose((after - before).detach(), kept * 3.0 * step, atol=1e-5)
+
+
+@pytest.mark.parametrize("unknown", [math.inf, math.nan])
+def test_a_kl_that_cannot_be_measured_is_walked_back_from_and_not_all_is_given_up(unknown: float):
+    place = [1.0]
+
+    def move(values: Any) -> None:
+        place[:] = [float(value) for value in values]
+
+    kept = walk_back([th.zeros(())], [th.ones(())], move, lambda: unknown if place[0] > 0.5 else place[0] ** 2, 0.04)
+    assert 0.0 < kept <= 0.2
+    assert place[0] == pytest.approx(kept)
 
 
 def state(model: SAFE) -> dict[str, th.Tensor]:

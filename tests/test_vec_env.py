@@ -59,6 +59,7 @@ class CountersVec(VectorEnv[Any, Any, Any]):
 
 
 gym.register("Counters-v0", entry_point="tests.tiny_envs:TinyEnv", vector_entry_point="tests.test_vec_env:CountersVec")
+gym.register("CountersAsClass-v0", entry_point=TinyEnv, vector_entry_point=CountersVec)
 
 
 def sync(kind: str, number: int = 3, **kwargs: Any) -> SyncVectorEnv:
@@ -109,6 +110,7 @@ def test_infos_of_an_ended_episode_and_of_the_one_that_begins_are_kept_apart():
     env = GymVecEnv(CountersVec())
     env.reset()
     assert env.reset_infos == [{"level": 0}, {"level": 1}]
+    assert type(env.reset_infos[1]["level"]) is int  # NumPy's cannot be written as JSON
     env.step(np.zeros(2))
     _, _, _, infos = env.step(np.zeros(2))
     assert infos[0]["episode"] == {"r": 20.0, "l": 2.0}
@@ -197,8 +199,9 @@ def test_an_environment_that_does_not_tell_its_attributes_gets_what_fits_its_obs
     assert environments.fitting_policy(Silent([TinyEnv])) == "MlpPolicy"
 
 
-def test_an_id_with_a_native_same_step_form_is_made_in_that_form():
-    env = environments.make("Counters-v0", 3, {"start": 5.0})
+@pytest.mark.parametrize("env_id", ["Counters-v0", "CountersAsClass-v0"])
+def test_an_id_with_a_native_same_step_form_is_made_in_that_form(env_id: str):
+    env = environments.make(env_id, 3, {"start": 5.0})
     assert isinstance(env, GymVecEnv)
     assert env.num_envs == 3
     np.testing.assert_array_equal(env.reset()[:, 0], [5, 5, 5])
