@@ -80,7 +80,7 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
             init(self, **given)
             return
         settings = preset(policy, given.get("env_kwargs"))
-        self.n_timesteps = settings.pop("n_timesteps")
+        budget = settings.pop("n_timesteps")  # learn() takes that of the environment that it finds
         self.preset_normalize = settings.pop("normalize", False)
         chosen = {name: value for name, value in settings.items() if name not in given}
         for name in KEYWORDS:
@@ -91,7 +91,7 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
         settings["env"] = policy
         settings.setdefault("policy", "auto")
         if settings.get("verbose", 0) >= 1:
-            print(f"Preset of {policy} (budget {self.n_timesteps} steps): {chosen}")
+            print(f"Preset of {policy} (budget {budget} steps): {chosen}")
         init(self, **settings)
 
     return wrapper

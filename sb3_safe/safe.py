@@ -126,7 +126,6 @@ class SAFE(ResumableAlgorithm):
     policy_class: Any
     rollout_buffer: AnnotatedRollout
     controller: KLController
-    n_timesteps: int | None = None
     preset_normalize: bool = False
 
     @with_presets
@@ -344,7 +343,7 @@ class SAFE(ResumableAlgorithm):
         if self.env is None:
             raise ValueError("there is no environment to learn in: load(path, env=...), or set_env(env)")
         if total_timesteps is None:
-            total_timesteps = self.n_timesteps or self._recommended_timesteps()
+            total_timesteps = self._recommended_timesteps()
         given = {"total_timesteps": total_timesteps, "log_interval": log_interval}
         given = arguments.checked(given, arguments.LEARN)
         total_timesteps, log_interval = given["total_timesteps"], given["log_interval"]

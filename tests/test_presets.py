@@ -107,10 +107,13 @@ def test_a_budget_may_depend_on_arguments_of_the_environment(cheap: dict[str, An
     assert SAFE("auto", "Tiny-vector-discrete-v0", **sizes).learn().num_timesteps == 96
 
 
-def test_the_budget_of_an_instance_can_be_set(cheap: dict[str, Any]):
-    model = SAFE("CartPole-v1")
-    model.n_timesteps = 96
-    assert model.learn().num_timesteps == 96
+def test_a_model_in_another_environment_takes_the_budget_of_that_one(cheap: dict[str, Any], tmp_path: Path):
+    cheap["Tiny-vector-discrete-v0"] = {"n_timesteps": 32, "n_steps": 16, "batch_size": 8}
+    cheap["Poisoned-v0"] = {"n_timesteps": 96}
+    presets.PRESETS_FILE.write_text(yaml.safe_dump(cheap), encoding="utf-8")
+    SAFE("Tiny-vector-discrete-v0").save(tmp_path / "model")
+    for env_id, budget in (("Poisoned-v0", 96), ("Tiny-vector-discrete-v0", 32)):
+        assert SAFE.load(tmp_path / "model", env=gym.make(env_id)).learn().num_timesteps == budget
 
 
 def test_normalisation_of_a_preset_wraps_the_environment(cheap: dict[str, Any]):
@@ -153,7 +156,7 @@ def test_every_control_preset_builds_a_model_and_its_rollout_divides_into_miniba
     model = SAFE(env_id)
     entry = ENTRIES[env_id]
     assert model.n_envs == entry["n_envs"]
-    assert model.n_timesteps == entry["n_timesteps"]
+    assert model._recommended_timesteps() == entry["n_timesteps"]
     assert isinstance(model.env, VecNormalize) == entry.get("normalize", False)
     assert (model.n_steps * model.n_envs) % model.batch_size == 0
     assert env_id in gym.registry

@@ -261,15 +261,12 @@ def test_a_schedule_survives(tmp_path: Path):
     assert loaded.clip_range(0.5) == pytest.approx(0.15)
 
 
-def test_a_model_made_from_an_id_alone_survives_with_its_budget(tmp_path: Path):
-    model = SAFE("CartPole-v1", n_envs=2, seed=0)
-    model.n_timesteps = 64
-    model.learn()
+def test_a_model_made_from_an_id_alone_survives(tmp_path: Path):
+    model = SAFE("CartPole-v1", n_envs=2, seed=0).learn(64)
     model.save(tmp_path / "model")
     loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2))
-    assert (loaded.n_timesteps, loaded.n_steps, loaded.batch_size) == (64, model.n_steps, model.batch_size)
-    loaded.learn(reset_num_timesteps=False)
-    assert loaded.num_timesteps == 128
+    assert (loaded.n_steps, loaded.batch_size) == (model.n_steps, model.batch_size)
+    assert loaded.learn(64, reset_num_timesteps=False).num_timesteps == 128
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
