@@ -45,7 +45,7 @@ from sb3_safe.trust_bound import MAX_PREVIEW_KL, TrustBound
 RETURN_SCALE_DECAY = 0.9
 LARGEST_RETURN = float(np.finfo(np.float32).max)
 """Of an episode that the controller is told of. Rewards that are trained on are in single precision."""
-LOSS = ("_loss", "_kl_term")
+LOSS = ("_loss", "_kl", "_kl_term")
 """Methods of SAFE. The fast path computes what they do; where a subclass overrides one, it is not used."""
 
 

@@ -453,6 +453,22 @@ def test_a_kl_term_of_ones_own_is_asked_for():
     assert asked == [16, 16]
 
 
+def test_a_kl_of_ones_own_is_what_the_controller_goes_by():
+    told: list[float] = []
+
+    class Listener(FixedKL):
+        def coefficient(self, kl: float = 0.0) -> float:
+            told.append(kl)
+            return super().coefficient(kl)
+
+    class OwnKl(SAFE):
+        def _kl(self, batch: SafeSamples, log_prob: th.Tensor) -> th.Tensor:
+            return th.full_like(log_prob, 7.0)
+
+    OwnKl("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=16, n_epochs=1, kl_controller=Listener).learn(32)
+    assert told == [7.0, 7.0]
+
+
 # -- learning ------------------------------------------------------------------------------------------------------
 
 
