@@ -86,7 +86,7 @@ class AnnotatedRollout(RolloutBuffer):
         :param penalties: ``[T * N]``, in flat order, units of reward.
         """
         self.rewards -= self.unflatten(penalties)
-        super().compute_returns_and_advantage(self._last_values, self._last_dones)
+        self.compute_returns_and_advantage(self._last_values, self._last_dones)
         self._flat = {}
 
     def unflatten(self, flat: np.ndarray) -> np.ndarray:

@@ -168,6 +168,17 @@ def test_a_penalty_on_rewards_reaches_advantages_and_minibatches():
     np.testing.assert_allclose(th.cat([b.advantages for b in buffer.in_order(4)]), expected.T.flatten(), atol=1e-4)
 
 
+def test_a_penalty_on_rewards_leaves_advantages_of_ones_own():
+    class Scaled(SafeRolloutBuffer):
+        def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+            super().compute_returns_and_advantage(last_values, dones)
+            self.advantages *= 10.0
+
+    buffer = fill(Scaled, OBSERVATIONS["vector"], ACTIONS["discrete"])
+    buffer.subtract_from_rewards(np.ones(T * N, dtype=np.float32))
+    np.testing.assert_allclose(buffer.advantages, 10.0 * gae(buffer.rewards, buffer), atol=1e-4)
+
+
 def test_an_incomplete_rollout_has_no_minibatches():
     buffer = SafeRolloutBuffer(T, OBSERVATIONS["vector"], ACTIONS["discrete"], n_envs=N)
     with pytest.raises(AssertionError, match="not complete"):
