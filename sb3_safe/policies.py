@@ -74,6 +74,14 @@ class PessimisticCritics(nn.Module):
         """
 
     @abstractmethod
+    def evaluate(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
+        """Values of every critic, log-probability and entropy of actions, with gradient: what training calls.
+
+        :param obs: a minibatch of observations.
+        :param actions: ``[B, ...]``, as the rollout buffer yields them.
+        """
+
+    @abstractmethod
     def freeze_reference(self) -> None:
         """Make the policy as it is now the reference of the KL penalty. Saved with the parameters."""
 
@@ -489,8 +497,11 @@ def check_policy_class(policy: type, known: Iterable[str]) -> None:
             f"policy={policy.__name__} has no twin critics: derive it from TwinCriticPolicy, or use one of "
             f"{', '.join(known)}"
         )
-    first = {name: [name in vars(c) for c in policy.__mro__].index(True) for name in ("evaluate", "evaluate_actions")}
-    if first["evaluate_actions"] < first["evaluate"]:
+    missing = [name for name in dir(policy) if getattr(getattr(policy, name, None), "__isabstractmethod__", False)]
+    if missing:
+        raise ValueError(f"policy={policy.__name__} lacks what training calls: override {', '.join(missing)}")
+    nearest = next(ancestor for ancestor in policy.__mro__ if {"evaluate", "evaluate_actions"} & vars(ancestor).keys())
+    if "evaluate" not in vars(nearest):
         raise ValueError(
             f"policy={policy.__name__} overrides evaluate_actions, which training does not call: override "
             "evaluate, which tells the critics apart"

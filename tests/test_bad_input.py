@@ -23,6 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_safe import SAFE, FixedKL, NonFiniteError, TwinCriticPolicy, environments
+from sb3_safe.policies import PessimisticCritics
 from sb3_safe.trust_bound import trained_parameters
 from tests.tiny_envs import ACTIONS, PoisonedEnv, TinyEnv
 
@@ -512,15 +513,24 @@ class OwnEvaluation(TwinCriticPolicy):
         return super().evaluate_actions(obs, actions)
 
 
+class NoEvaluation(PessimisticCritics, ActorCriticPolicy):
+    def freeze_reference(self) -> None: ...
+
+    def make_target_critics(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("policy", "kwargs", "named"),
     [
         ("MlpPolicy", {"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class=RolloutBuffer"),
         ("MlpPolicy", {"rollout_buffer_class": "x"}, "rollout_buffer_class='x' is not"),
         (OwnEvaluation, {}, "OwnEvaluation overrides evaluate_actions"),
+        (NoEvaluation, {}, "policy=NoEvaluation lacks .* override evaluate$"),
+        (PessimisticCritics, {}, "policy=PessimisticCritics lacks .* evaluate, freeze_reference"),
+        (ActorCriticPolicy, {}, "policy=ActorCriticPolicy has no twin critics"),
         ("LanguagePolicy", {}, "policy='LanguagePolicy' needs observations"),
     ],
-    ids=["buffer", "no class", "evaluate_actions", "language"],
+    ids=["buffer", "no class", "evaluate_actions", "no evaluate", "nothing", "critics", "language"],
 )
 def test_a_class_that_does_not_fit_is_refused_at_once(policy: Any, kwargs: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):
