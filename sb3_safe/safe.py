@@ -224,6 +224,7 @@ class SAFE(ResumableAlgorithm):
         self.critic_warmup = critic_warmup
         self._controller_made_of: list[Any] = []
         self._controller_made_for = 0
+        self.n_trained_rollouts: Any = None
         self.n_skipped_steps = 0
         self.measured_kl = 0.0
         self._finished_returns: list[float] = []
@@ -275,6 +276,8 @@ class SAFE(ResumableAlgorithm):
     def _setup_model(self) -> None:
         self._choose_automatic()
         self._check_arguments()
+        if self.n_trained_rollouts is None:  # new, or of a file that has their epochs only: one each, or more
+            self.n_trained_rollouts = self._n_updates
         self._set_up_controller()
         self.policy_class.check_algorithm(self)
         super()._setup_model()
@@ -468,6 +471,7 @@ class SAFE(ResumableAlgorithm):
             raise NonFiniteError(describe_steps(log, self.num_timesteps))
         means = {name: mean_of_finite(parts.get(name, 0.0) for parts in log) for name in log[0]}
         self._n_updates += epoch + 1
+        self.n_trained_rollouts += 1
         kept = bound.keep(log, functools.partial(self.rollout_buffer.in_order, self.batch_size))
         if self.kl_reference == "rollout":
             last_epoch = [parts["approx_kl"] for parts in log if parts["epoch"] == epoch]
@@ -487,7 +491,7 @@ class SAFE(ResumableAlgorithm):
             ent_coef=self.ent_coef,
             kl_estimator=self.kl_estimator,
             kl_coefficient=self.controller.coefficient,
-            trains_policy=self._n_updates >= self.critic_warmup * self.n_epochs,
+            trains_policy=self.n_trained_rollouts >= self.critic_warmup,
         )
 
     def _critic_rms(self) -> float:

@@ -180,6 +180,34 @@ def test_training_after_loading_is_training_without_the_detour(tmp_path: Path):
     assert_same_metrics(results[0].controller, results[1].controller)
 
 
+def moves_the_policy(model: SAFE) -> bool:
+    """Whether one more update does."""
+    before = model.policy.action_net.weight.detach().clone()
+    model.learn(32, reset_num_timesteps=False)
+    return not th.equal(model.policy.action_net.weight, before)
+
+
+def test_critics_that_have_warmed_up_do_not_again_whatever_the_number_of_epochs(tmp_path: Path):
+    trained(critic_warmup=2).save(tmp_path / "model")
+    trained(critic_warmup=2).save(tmp_path / "uncounted", exclude=["n_trained_rollouts"])  # as files were before
+    for name in ("model", "uncounted"):
+        assert moves_the_policy(SAFE.load(tmp_path / name, env=make_vec_env("CartPole-v1"), n_epochs=10))
+
+
+def test_the_warm_up_of_critics_goes_on_after_loading(tmp_path: Path):
+    trained(critic_warmup=4).save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env=make_vec_env("CartPole-v1"), n_epochs=1)
+    assert [moves_the_policy(loaded) for _ in range(2)] == [False, True]
+
+
+def test_an_update_that_ends_early_warms_critics_up_as_a_whole_one_does():
+    model = SAFE("MlpPolicy", "CartPole-v1", critic_warmup=1, target_kl=0.1, **SETTINGS | {"n_epochs": 4})
+    model._gradient = lambda pieces, whole=model._gradient: whole(pieces) | {"approx_kl": 1.0}  # type: ignore
+    assert not moves_the_policy(model)
+    assert model._n_updates == 1
+    assert model._make_objective().trains_policy
+
+
 def test_the_initial_reference_survives_and_is_not_the_loaded_policy(tmp_path: Path):
     model = SAFE("MlpPolicy", "CartPole-v1", kl_reference="initial", learning_rate=1e-2, **SETTINGS)
     obs = th.randn(6, 4)
