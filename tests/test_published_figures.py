@@ -68,6 +68,24 @@ def test_what_is_said_of_ppos_other_forms_is_in_the_results() -> None:
         assert adaptive < fixed + 0.05
 
 
+def test_what_is_said_of_grpo_is_in_the_results() -> None:
+    start = json.loads((ROOT / "benchmarks/results/rlhf/start.json").read_text())
+    tuned = json.loads((ROOT / "benchmarks/results/rlhf/tuned.json").read_text())
+    betas = [tuned[task]["grpo"].removeprefix("grpo-") for task in pages.RLHF_TASKS]
+    assert "coefficient is the best of six on each task ({}, {} and {})".format(*betas) in SAID
+    grpo, safe = (
+        [[LANGUAGE["settings"][rate][task][name]["final_gold"][0] for task in pages.RLHF_TASKS] for rate in pages.RATES]
+        for name in ("grpo", "safe")
+    )
+    ends = [[f"{gold:.2f}" for gold in golds] for golds in (*grpo[:2], *safe[:2])]
+    (_, *tuned_ends), (_, *safe_ends) = ends[0], ends[2]
+    assert max(abs(theirs - ours) for theirs, ours in zip(grpo[0][1:], safe[0][1:], strict=True)) < 0.03
+    assert "`length` and `sparse` ({} and {}; SAFE {} and {})".format(*tuned_ends, *safe_ends) in SAID
+    assert f"lower on `embedded` ({ends[0][0]}; {ends[2][0]})." in SAID
+    assert "the rate it ends at {}, {} and {}, SAFE at {}, {} and {},".format(*ends[1], *ends[3]) in SAID
+    assert all(gold < start[task]["gold"] for gold, task in zip(grpo[2], pages.RLHF_TASKS, strict=True))
+
+
 def test_what_the_layers_cost_is_what_was_measured() -> None:
     tasks = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["tasks"]
     seconds = {
