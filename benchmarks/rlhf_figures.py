@@ -75,9 +75,18 @@ def _training(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) ->
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("proxy: the reward that is optimised", fontsize=9)
     axes[1, 0].set_ylabel("gold: what is meant", fontsize=9)
-    axes[1, 0].legend(fontsize=7)
+    _name_lines(figure, axes[0, 0])
     figure.supxlabel("iteration (dotted: untrained)", fontsize=9)
     save(figure, path)
+
+
+def _name_lines(figure: Any, axis: Any) -> None:
+    """A legend above all panels, where it covers no line.
+
+    :param axis: whose lines are those of all.
+    """
+    lines, labels = axis.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=8)
 
 
 def _frontier(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) -> None:
@@ -101,7 +110,7 @@ def _frontier(tasks: Mapping[str, Any], start: Mapping[str, Any], path: Path) ->
         axis.plot(np.sqrt(best["kl"]), best["gold"], color="black", lw=1.0, ls="--", label="best of n, untrained")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("gold", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    _name_lines(figure, axes[0, 0])
     figure.supxlabel("root of the KL to the start (nats per text)", fontsize=9)
     save(figure, path)
 
