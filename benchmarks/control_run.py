@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from control_settings import ALGORITHMS, SETTINGS, arguments_of, described
-from runs import Run, learn, short, versions, write_json
+from runs import PartialResult, Run, learn, short, versions, write_json
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -30,7 +30,6 @@ RESULTS = Path(__file__).parent / "results" / "control"
 RANDOM_FILE = RESULTS / "random.json"
 MAX_POINTS = 100
 """Of a curve: rollouts are joined to at most so many points, which makes tasks with short rollouts comparable."""
-PARTIAL_SECONDS = 30.0
 BIAS_DECAY = 0.9
 KL_SAMPLE = 1024
 """Actions of a rollout that the KL of its update is measured on."""
@@ -106,18 +105,17 @@ class OptimisticSafeTargets(OptimisticTargets, SafeRolloutBuffer):
 class Recorder(BaseCallback):
     """Notes of every rollout its true returns, and of its update the KL, measured in one way for all algorithms.
 
-    :param partial: file that the curve so far is written to now and then.
+    :param result: file of the result, beside which the curve so far is written now and then.
     """
 
-    def __init__(self, partial: Path | None = None) -> None:
+    def __init__(self, result: Path | None = None) -> None:
         super().__init__()
-        self.partial = partial
+        self.partial = PartialResult(result)
         self.rollouts: list[dict[str, Any]] = []
         #: CPU seconds of measuring, which are no part of training.
         self.seconds_measuring = 0.0
         self._returns: list[float] = []
         self._actions: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._written = time.monotonic()
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -158,9 +156,7 @@ class Recorder(BaseCallback):
         kl = float(k3(after.cpu() - th.as_tensor(log_probs.flatten())).mean())
         kept = self.logger.name_to_value.get("safe/update_kept")
         self.rollouts[-1] |= {"kl": kl, "kept": None if kept is None else float(kept)}
-        if self.partial is not None and time.monotonic() - self._written > PARTIAL_SECONDS:
-            self._written = time.monotonic()
-            write_json(self.partial, {"curve": curve(self.rollouts)})
+        self.partial.update(lambda: curve(self.rollouts))
         self.seconds_measuring += time.process_time() - start
 
 
@@ -226,15 +222,14 @@ def train(run: Run, path: Path) -> dict[str, Any]:
     :param path: file of the result; the same with ``.partial`` holds the curve while it trains.
     """
     th.set_num_threads(1)
-    partial = path.with_suffix(".partial")
-    recorder, model = Recorder(partial), make_model(run)
+    recorder, model = Recorder(path), make_model(run)
     result = described(run) | learn(model, run, recorder)
     result |= {
         "curve": curve(recorder.rollouts),
         "versions": versions(PACKAGES, sb3_safe),
     }
     write_json(path, result)
-    partial.unlink(missing_ok=True)
+    recorder.partial.remove()
     return result
 
 

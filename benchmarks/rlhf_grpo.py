@@ -15,10 +15,10 @@ from typing import Any
 
 import torch as th
 from datasets import Dataset
-from rlhf_run import PACKAGES, PARTIAL_SECONDS, SOURCES, curve, gold_columns, prepare, samples
+from rlhf_run import PACKAGES, SOURCES, curve, gold_columns, prepare, samples
 from rlhf_settings import ENV_ID, GRPO_UPDATES, arguments_of, described
 from rlhf_tasks import TASKS
-from runs import Run, learn, versions, write_json
+from runs import PartialResult, Run, learn, versions, write_json
 from textgen_env.rewards import make_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -29,27 +29,22 @@ from sb3_safe.callbacks import episode_columns
 ASSETS = files("textgen_env") / "assets"
 
 
-def load_model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=th.float32)
-
-
 class Grpo(TrainerCallback):
     """A GRPO trainer that counts tokens and notes of all texts of an iteration what the laboratory notes of a rollout.
 
     :param run: which.
-    :param partial: file that the curve so far is written to now and then.
+    :param result: file of the result, beside which the curve so far is written now and then.
     """
 
-    def __init__(self, run: Run, partial: Path | None = None) -> None:
-        self.task, self.partial = TASKS[run.task], partial
+    def __init__(self, run: Run, result: Path | None = None) -> None:
+        self.task, self.partial = TASKS[run.task], PartialResult(result)
         self.rows: list[dict[str, float]] = []
         self.num_timesteps = 0
         #: CPU seconds of measuring, which are no part of training.
         self.seconds_measuring = 0.0
-        self._written = time.monotonic()
         self._reward = make_reward(self.task.proxy)
         self._tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
-        self.lm = load_model()
+        self.lm = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=th.float32)
         self._start = copy.deepcopy(self.lm).eval()
         prompts = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
         self._folder = tempfile.TemporaryDirectory()
@@ -89,9 +84,7 @@ class Grpo(TrainerCallback):
         self.num_timesteps += sum(map(len, completion_ids))
         row = {"timesteps": float(self.num_timesteps), **episode_columns(texts), **gold_columns(self.task.gold, texts)}
         self.rows.append(row | self._kl_and_entropy(prompts, completion_ids))
-        if self.partial is not None and time.monotonic() - self._written > PARTIAL_SECONDS:
-            self._written = time.monotonic()
-            write_json(self.partial, {"curve": curve(self.rows)})
+        self.partial.update(lambda: curve(self.rows))
         self.seconds_measuring += time.process_time() - start
         return rewards.tolist()
 
@@ -117,8 +110,7 @@ class Grpo(TrainerCallback):
 def train(run: Run, path: Path) -> dict[str, Any]:
     """Train, and write everything that there is to know about it; as ``rlhf_run.train``."""
     prepare()
-    partial = path.with_suffix(".partial")
-    grpo = Grpo(run, partial)
+    grpo = Grpo(run, path)
     result = described(run) | learn(grpo, run, grpo)
     writer = SAFE("auto", ENV_ID, kl_controller="none", seed=run.seed, device="cpu")
     writer.policy.lm.load_state_dict(grpo.lm.state_dict())
@@ -128,5 +120,5 @@ def train(run: Run, path: Path) -> dict[str, Any]:
         "versions": versions((*PACKAGES, "trl"), *SOURCES),
     }
     write_json(path, result)
-    partial.unlink(missing_ok=True)
+    grpo.partial.remove()
     return result

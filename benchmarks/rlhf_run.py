@@ -18,7 +18,7 @@ import torch as th
 from rl_statistics import best_of_n
 from rlhf_settings import ENV_ID, GRPO, METHODS, arguments_of, described
 from rlhf_tasks import PROMPTS, TASKS
-from runs import Run, learn, short, versions, write_json
+from runs import PartialResult, Run, learn, short, versions, write_json
 from stable_baselines3.common.vec_env import VecEnv
 from transformers.utils import logging
 
@@ -30,7 +30,6 @@ RESULTS = Path(__file__).parent / "results" / "rlhf"
 START_FILE = RESULTS / "start.json"
 MAX_POINTS = 100
 """Of a curve: rollouts are joined to at most so many points."""
-PARTIAL_SECONDS = 30.0
 PACKAGES = ("torch", "transformers", "numpy", "gymnasium", "stable-baselines3")
 SOURCES = (sb3_safe, textgen_env)
 
@@ -49,16 +48,15 @@ class Recorder(StabilityCallback):
     """A row per rollout, with the gold score and the KL to the start, measured in one way for all methods.
 
     :param task: whose gold score is meant.
-    :param partial: file that the curve so far is written to now and then.
+    :param result: file of the result, beside which the curve so far is written now and then.
     """
 
-    def __init__(self, task: str, partial: Path | None = None) -> None:
+    def __init__(self, task: str, result: Path | None = None) -> None:
         super().__init__(extra=self._columns)
         self.gold = TASKS[task].gold
-        self.partial = partial
+        self.partial = PartialResult(result)
         #: CPU seconds of measuring, which are no part of training.
         self.seconds_measuring = 0.0
-        self._written = time.monotonic()
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
@@ -95,9 +93,7 @@ class Recorder(StabilityCallback):
         if self._row is not None and kept is not None:
             self._row["update_kept"] = float(kept)
         super()._complete_row()
-        if self.partial is not None and time.monotonic() - self._written > PARTIAL_SECONDS:
-            self._written = time.monotonic()
-            write_json(self.partial, {"curve": curve(self.rows)})
+        self.partial.update(lambda: curve(self.rows))
 
 
 def gold_scores(gold: Any, texts: Infos) -> np.ndarray:
@@ -191,8 +187,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
 
         return rlhf_grpo.train(run, path)
     prepare()
-    partial = path.with_suffix(".partial")
-    recorder, model = Recorder(run.task, partial), make_model(run)
+    recorder, model = Recorder(run.task, path), make_model(run)
     result = described(run) | learn(model, run, recorder)
     result |= {
         "curve": curve(recorder.rows),
@@ -200,7 +195,7 @@ def train(run: Run, path: Path) -> dict[str, Any]:
         "versions": versions(PACKAGES, *SOURCES),
     }
     write_json(path, result)
-    partial.unlink(missing_ok=True)
+    recorder.partial.remove()
     return result
 
 

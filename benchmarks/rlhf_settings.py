@@ -26,7 +26,8 @@ TOKENS = HYPERPARAMETERS["n_envs"] * HYPERPARAMETERS["n_steps"]
 # An iteration of GRPO has whole texts: as many as the others write side by side, in as many minibatches and passes.
 GRPO_ARGUMENTS = {
     "per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2, "num_generations": 8,
-    "max_completion_length": 32, "max_grad_norm": 1.0, "learning_rate": 3e-4, "lr_scheduler_type": "constant",
+    "max_completion_length": 32, "max_grad_norm": 1.0,
+    "learning_rate": HYPERPARAMETERS["learning_rate"], "lr_scheduler_type": "constant",
     "max_steps": 1_000_000, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
     "save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
 }  # fmt: skip

@@ -70,6 +70,34 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+class PartialResult:
+    """The curve so far of a run that is under way, in a file beside that of its result, with the ending ``.partial``.
+
+    :param result: file of the result; ``None``: nothing is written.
+    """
+
+    SECONDS = 30.0
+    """Between two times that it is written."""
+
+    def __init__(self, result: Path | None) -> None:
+        self.path = None if result is None else result.with_suffix(".partial")
+        self._written = time.monotonic()
+
+    def update(self, curve: Callable[[], Any]) -> None:
+        """Write it, if it is time.
+
+        :param curve: makes it.
+        """
+        if self.path is not None and time.monotonic() - self._written > self.SECONDS:
+            self._written = time.monotonic()
+            write_json(self.path, {"curve": curve()})
+
+    def remove(self) -> None:
+        """The result is there."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
 def short(value: Any) -> float | None:
     """A number as result files have it: six digits are enough, and JSON has no NaN."""
     if value is None or isinstance(value, int):

@@ -178,6 +178,7 @@ def buffer_class_for(observation_space: Any) -> type[AnnotatedRollout]:
 def check_buffer_class(kind: Any) -> None:
     """Refuse what is not a class of buffers that training can read.
 
+    :param kind: what was given.
     :raises ValueError: with what to derive from instead.
     """
     if not (isinstance(kind, type) and issubclass(kind, AnnotatedRollout)):

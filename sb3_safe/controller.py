@@ -44,6 +44,7 @@ def controller_defaults(reference: Reference, n_actions: int) -> dict[str, float
 
     :param reference: what the KL is measured to.
     :param n_actions: of a rollout, over all environments.
+    :return: arguments of :class:`SafeController`.
     """
     if reference == "initial":
         return {}

@@ -24,7 +24,10 @@ rollout's, and a step of theirs may be far longer: the advantage of a single act
 
 
 def trained_parameters(policy: Any) -> list[Tensor]:
-    """Those that the optimizer of a policy moves."""
+    """Those that the optimizer of a policy moves.
+
+    :param policy: with its ``optimizer``.
+    """
     return [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
 
 
@@ -76,7 +79,11 @@ class TrustBound:
 
     @th.no_grad()
     def kl(self, batches: Iterable[SafeSamples]) -> float:
-        """KL of the rollout policy to the policy as it is now, over a whole rollout, nats per action."""
+        """KL of the rollout policy to the policy as it is now, estimated by k3.
+
+        :param batches: the whole rollout.
+        :return: nats per action; infinity where a parameter is not finite.
+        """
         if not all(th.isfinite(parameter).all() for parameter in trained_parameters(self.policy)):
             return math.inf
         self.policy.set_training_mode(False)

@@ -381,6 +381,19 @@ def test_a_process_makes_a_run_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert result["timesteps"] == rlhf_settings.TOKENS
 
 
+def test_a_run_under_way_has_its_curve_in_a_file_beside_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = runs.PartialResult(tmp_path / "0.json")
+    partial.update(lambda: pytest.fail("too early"))
+    monkeypatch.setattr(runs.PartialResult, "SECONDS", -1.0)
+    partial.update(lambda: {"gold": [0.5]})
+    assert json.loads((tmp_path / "0.partial").read_text()) == {"curve": {"gold": [0.5]}}
+    partial.remove()
+    assert not list(tmp_path.iterdir())
+    runs.PartialResult(None).update(lambda: pytest.fail("nowhere to write it"))
+
+
 def test_the_digest_of_the_source_is_of_every_module_of_the_packages(tmp_path: Path) -> None:
     package: Any = SimpleNamespace(__path__=[str(tmp_path)])
     digests = {runs.versions((), package)["sb3_safe_source"]}
