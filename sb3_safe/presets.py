@@ -70,6 +70,11 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - signature.parameters.keys():
+            raise TypeError(
+                f"{type(self).__name__} has no argument {name!r}: those of the environment go into env_kwargs, of the "
+                "policy into policy_kwargs, of the penalty into kl_controller_kwargs"
+            )
         given = signature.bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
         # Before anything is made of them: a preset, environments.

@@ -212,6 +212,11 @@ def test_a_misspelt_argument_is_a_type_error_as_everywhere_in_python():
         SAFE("CartPole-v1", learning_rat=1e-3)
 
 
+def test_an_argument_of_the_environment_in_the_wrong_place_is_told_where_it_goes():
+    with pytest.raises(TypeError, match=r"SAFE has no argument 'reward_model': those of the environment go into env_k"):
+        SAFE("TextGenEnv-v0", reward_model=len)
+
+
 def test_an_id_alone_that_needs_other_arguments_says_so():
     with pytest.raises(ValueError, match="n_steps"):
         SAFE("CartPole-v1", n_steps=1, n_envs=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from textgen_env.prompts import Prompt, copied
+from textgen_env.prompts import Prompt, check_call, copied
 from textgen_env.transcripts import Messages
 
 Reply = Callable[..., Sequence[str | None]]
@@ -46,8 +46,9 @@ class Dialogue:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse what would fail at the first reply.
 
-        :raises ValueError: a chat template that cannot render a second turn.
+        :raises ValueError: a function that takes other arguments, a chat template that cannot render a second turn.
         """
+        check_call(self._reply, "reply", ("prompts", "completions", "turns", *prompts[0].columns))
         chat = next((prompt for prompt in prompts if not isinstance(prompt.value, str)), None)
         if chat is not None:
             self._written(chat, ["a"], "a", ending=None)

@@ -160,16 +160,16 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             reward_model_kwargs,
             reward_column,
         )
-        reward.check(_longest_of_each_kind(self._prompts), room)
+        columns = tuple(self._prompts[0].columns)
+        reward.check(_longest_of_each_kind(self._prompts), room, columns if dialogue is None else (*columns, "turns"))
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.tokenizer = vocabulary.tokenizer
         #: Numbers of prompts cut and left out because of their length.
         self.prompts_truncated, self.prompts_skipped = reader.truncated, reader.skipped
         # Prompts given to `reset` must fit the room that there now is, and none of them can be left out.
-        self._forced = PromptReader(
-            vocabulary, prompt_column, longest, "error" if long_prompts == "skip" else long_prompts, prompt_format
-        )
+        when_long: LongPrompts = "error" if long_prompts == "skip" else long_prompts
+        self._forced = PromptReader(vocabulary, prompt_column, longest, when_long, prompt_format, columns)
         self._deck = Deck(len(self._prompts), n_samples)
         self._rows = TextRows(
             num_envs, length, vocabulary, reward, max_new_tokens, missing_eos_penalty, stops, dialogue

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +58,7 @@ class PromptReader:
         the text that is left (chat messages are shown whole).
     :param prompt_format: `"text"` leaves strings as they are; `"chat"` makes messages of them: of a transcript its
         turns, of any other string one message of the user.
+    :param columns: what every prompt has, None where its row lacks it; besides the columns of all rows.
     :raises ValueError: an unknown `long_prompts` or `prompt_format`.
     """
 
@@ -66,6 +69,7 @@ class PromptReader:
         max_tokens: int | None,
         long_prompts: LongPrompts,
         prompt_format: PromptFormat = "text",
+        columns: Collection[str] = (),
     ) -> None:
         if long_prompts not in ("error", "truncate", "skip"):
             raise ValueError(f"long_prompts={long_prompts!r} must be 'error', 'truncate' or 'skip'")
@@ -77,6 +81,7 @@ class PromptReader:
         self._max_tokens = max_tokens
         self._long_prompts = long_prompts
         self._prompt_format = prompt_format
+        self._columns = columns
         self.truncated = 0
         self.skipped = 0
 
@@ -91,6 +96,9 @@ class PromptReader:
         if not rows:
             raise ValueError("prompts is empty: pass at least one prompt")
         values = [self._value(row, index) for index, row in enumerate(rows)]
+        # A function that asks for a column gets it whichever rows are in its batch.
+        columns = dict.fromkeys([*self._columns, *chain.from_iterable(rows)])
+        columns.pop(self._column, None)
         prompts = []
         for index, (row, value, ids) in enumerate(zip(rows, values, self._tokenise(values), strict=True)):
             if not ids:
@@ -109,8 +117,8 @@ class PromptReader:
                 ids, text = self._truncate(ids)
                 if isinstance(value, str):
                     value, shown = text, len(ids)
-            columns = {key: item for key, item in row.items() if key != self._column}
-            prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), columns, shown))
+            others = {name: row.get(name) for name in columns}
+            prompts.append(Prompt(value, np.asarray(ids, dtype=np.int64), others, shown))
         if self.truncated or self.skipped:
             _log.warning("long prompts: %d truncated on the left, %d skipped", self.truncated, self.skipped)
         if not prompts:
@@ -278,6 +286,28 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
     return value.copy() if isinstance(value, set | bytearray | np.ndarray) else value
+
+
+def check_call(function: Callable[..., Any], name: str, given: Collection[str]) -> None:
+    """Refuse a function of the user's that does not take the keyword arguments it will be given; it is not run.
+
+    :param function: the function.
+    :param name: what it is, for the message.
+    :param given: names of the arguments.
+    :raises ValueError: it takes others.
+    """
+    try:
+        parameters = signature(function)
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return
+    try:
+        parameters.bind(**dict.fromkeys(given))
+    except TypeError as error:
+        arguments = ", ".join(f"{argument}=..." for argument in given)
+        raise ValueError(
+            f"{name} cannot be called with ({arguments}): {error}. It gets these by name, the prompts' other columns "
+            "among them; end its parameters in **columns to take any"
+        ) from error
 
 
 def _is_chat(value: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from textgen_env.prompts import copied
+from textgen_env.prompts import check_call, copied
 from textgen_env.resolve import as_name
 from textgen_env.reward_model import RewardModel
 from textgen_env.transcripts import Messages
@@ -86,16 +86,21 @@ class RewardSum:
         ]
         return totals, parts
 
-    def check(self, prompts: Sequence[str | Messages], new_tokens: int) -> None:
-        """Refuse prompts that a reward model could not score later on; functions are not run.
+    def check(self, prompts: Sequence[str | Messages], new_tokens: int, columns: Collection[str] = ()) -> None:
+        """Refuse what could not be scored later on; functions are not run.
 
         :param prompts: those to try.
         :param new_tokens: how many tokens may be written after each.
+        :param columns: what functions get besides prompts and completions, by name.
+        :raises ValueError: a prompt that is too long for a reward model, or a function that takes other arguments.
         """
-        for function in self._functions.values():
+        for name, function in self._functions.items():
             if isinstance(function, RewardModel):
                 for prompt in prompts:
                     function.check(prompt, new_tokens)
+            else:
+                given = ("prompts", "completions", "completion_ids", *columns)
+                check_call(function, f"reward function {name!r}", given)
 
 
 def make_reward(

@@ -286,6 +286,7 @@ def test_rows_side_by_side_write_what_single_environments_write() -> None:
     [
         ({"reply": None}, r"max_turns=2 needs reply"),
         ({"max_turns": 1}, r"max_turns=1 leaves no turn after a reply"),
+        ({"reply": lambda prompts: [None]}, r"reply cannot .*: got an unexpected keyword argument 'completions'"),
         ({"max_reply_tokens": 0}, r"max_reply_tokens=0 must be an integer, at least 1"),
         ({"max_new_tokens": 60}, r"max_new_tokens=60 \(x 2\) \+ max_reply_tokens=16 \(x 1\) exceed the 128"),
     ],

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from textgen_env import RewardModel, TextGenVectorEnv
+from textgen_env import RewardModel, TextGenEnv, TextGenVectorEnv
 from textgen_env.gold import gold_reward
 from textgen_env.rewards import RewardSum, make_reward
 
@@ -183,6 +184,55 @@ def test_a_module_with_the_arguments_of_a_reward_function_is_one() -> None:
     assert list(parts[0]) == ["Length"]
     with pytest.raises(ValueError, match=r"reward_model: Linear is neither .* nor a reward function: .* completions"):
         TextGenVectorEnv(1, reward_model=torch.nn.Linear(1, 1))
+
+
+def with_answers(prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[Any]) -> Any:
+    return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("function", "prompts", "message"),
+    [
+        (lambda texts: [0.0] * len(texts), ["a"], r"'<lambda>' cannot .*completion_ids=\.\.\.\): missing .* 'texts'"),
+        (lambda prompts, completions: [0.0], ["a"], r"unexpected keyword argument 'completion_ids'.* \*\*columns"),
+        (with_answers, ["a"], r"'with_answers' cannot be called .*: missing a required argument: 'answer'"),
+        (with_answers, [{"prompt": "a", "answer": 1, "level": 2}], "unexpected keyword argument 'level'"),
+    ],
+)
+def test_functions_that_take_other_arguments_are_refused_before_they_are_called(
+    function: Any, prompts: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextGenVectorEnv(1, prompts=prompts, reward_model=function)
+
+
+def test_functions_are_called_that_take_what_there_is_or_do_not_tell() -> None:
+    class Untold:
+        __signature__ = "not a signature"
+
+        def __call__(self, completions: list[str], **_: Any) -> list[float]:
+            return [0.0] * len(completions)
+
+    prompts = [{"prompt": "a", "answer": 1}]
+    for function in (with_answers, functools.partial(with_answers, answer=None), Untold()):
+        TextGenVectorEnv(1, prompts=prompts, reward_model=function)
+    TextGenVectorEnv(1, prompts=["a"], reward_model=functools.partial(with_answers, answer=["b"]))
+
+
+def test_a_column_that_a_prompt_lacks_is_none_even_where_no_other_prompt_is_scored() -> None:
+    seen: list[Any] = []
+
+    def reward(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+        seen.extend(answer)
+        return [0.0] * len(completions)
+
+    env = TextGenEnv(
+        prompts=[{"prompt": "a", "answer": "b"}, "c"], reward_model=reward, max_new_tokens=1, max_prompt_tokens=8
+    )
+    for prompt in ("c", "other", {"prompt": "a", "answer": "d"}):
+        env.reset(options={"prompt": prompt})
+        env.step(5)
+    assert seen == [None, None, "d"]
 
 
 @pytest.mark.parametrize(
