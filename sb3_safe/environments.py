@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import gymnasium as gym
@@ -85,7 +86,9 @@ def check_places(policy: Any, env: Any, names: Collection[str]) -> None:
         if is_policy or (isinstance(env, str) and env in (*names, "auto")):
             raise ValueError(f"policy={policy!r} and env={env!r} are swapped: the policy is the first argument")
         what = "neither a policy nor a registered environment id" if env is None else "not a policy"
-        raise ValueError(f"policy={policy!r} is {what}; policies are {known}, or 'auto' for the one that fits")
+        meant = get_close_matches(policy, [*names, *(gym.registry if env is None else ())], n=1)
+        hint = f"did you mean {meant[0]!r}? Policies" if meant else "policies"
+        raise ValueError(f"policy={policy!r} is {what}; {hint} are {known}, or 'auto' for the one that fits")
     if env is None and isinstance(policy, str):
         raise ValueError("env is missing: pass an environment or its id")
 

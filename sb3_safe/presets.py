@@ -70,12 +70,14 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() - signature.parameters.keys():
+        try:
+            given = signature.bind_partial(self, *args, **kwargs).arguments
+        except TypeError as error:
             raise TypeError(
-                f"{type(self).__name__} has no argument {name!r}: those of the environment go into env_kwargs, of the "
-                "policy into policy_kwargs, of the penalty into kl_controller_kwargs"
-            )
-        given = signature.bind_partial(self, *args, **kwargs).arguments
+                f"{type(self).__name__}: {error}; it takes a policy and an environment, or an environment's id alone. "
+                "Arguments of the environment go into env_kwargs, of the policy into policy_kwargs, of the penalty "
+                "into kl_controller_kwargs"
+            ) from None
         given.pop("self")
         # Before anything is made of them: a preset, environments.
         given |= checked(given, CONSTRUCTOR)

@@ -212,9 +212,19 @@ def test_a_misspelt_argument_is_a_type_error_as_everywhere_in_python():
         SAFE("CartPole-v1", learning_rat=1e-3)
 
 
-def test_an_argument_of_the_environment_in_the_wrong_place_is_told_where_it_goes():
-    with pytest.raises(TypeError, match=r"SAFE has no argument 'reward_model': those of the environment go into env_k"):
+def test_an_argument_in_the_wrong_place_is_told_where_it_goes():
+    with pytest.raises(TypeError, match=r"SAFE: .* 'reward_model'; .* Arguments of the environment go into env_kwargs"):
         SAFE("TextGenEnv-v0", reward_model=len)
+    with pytest.raises(
+        TypeError, match=r"SAFE: .* 'policy'; it takes a policy and an environment, or an environment's"
+    ):
+        SAFE("CartPole-v1", policy="CnnPolicy")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("CartPole-v2", "CartPole-v1"), ("MlpPolic", "MlpPolicy")])
+def test_a_misspelt_id_or_policy_is_told_what_is_like_it(name: str, meant: str):
+    with pytest.raises(ValueError, match=f"policy='{name}' is neither .*; did you mean '{meant}'. Policies are MlpPol"):
+        SAFE(name)
 
 
 def test_an_id_alone_that_needs_other_arguments_says_so():
