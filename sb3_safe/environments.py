@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, 
 
 from sb3_safe.vec_env import GymVecEnv
 
+ONLY_FOR_IDS = "n_envs and env_kwargs only apply when env is an id; this environment is built already"
+
 
 def make(env_id: str, n_envs: int = 1, env_kwargs: dict[str, Any] | None = None) -> VecEnv:
     """Create ``n_envs`` environments of a registered id, or of ``module:id``, whose module registers it.

@@ -89,6 +89,7 @@ def with_presets(init: Callable[..., None]) -> Callable[..., None]:
         settings = preset(policy, given.get("env_kwargs"))
         budget = settings.pop("n_timesteps")  # learn() takes that of the environment that it finds
         self.preset_normalize = settings.pop("normalize", False)
+        self.preset_env_kwargs = settings.get("env_kwargs", {})  # for load(), which may get the same id
         chosen = {name: value for name, value in settings.items() if name not in given}
         for name in KEYWORDS:
             if name in settings and given.get(name) is not None:

@@ -1,6 +1,7 @@
 """What a model keeps when it is saved, loaded, given another environment, or stopped by an error."""
 
 import copy
+import json
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,10 +9,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Self
+from zipfile import ZipFile
 
 import numpy as np
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from sb3_safe import environments
@@ -30,6 +33,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     """What numbers that are not finite would spoil, as it was before the rollout at hand."""
     _normalizer: VecNormalize | None = None
     """Of a loaded model, until there is an environment for it."""
+    preset_env_kwargs: Mapping[str, Any] = {}
+    """Arguments of the environment that a preset gave."""
     _advertised: Mapping[str, Any] = {}
     """What the environment asked of the policy when that was built."""
 
@@ -77,7 +82,15 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self._normalizer = waiting
 
     @classmethod
-    def load(cls, path: str | Path | BufferedIOBase, env: Any = None, *args: Any, **kwargs: Any) -> Self:
+    def load(
+        cls,
+        path: str | Path | BufferedIOBase,
+        env: Any = None,
+        *args: Any,
+        n_envs: int | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Load a saved model; see ``BaseAlgorithm.load``.
 
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
@@ -90,10 +103,20 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         file alone and are not those that it began with.
 
         :param path: what ``save`` was given; beside a folder of that name, the file with ``.zip``, as for ``save``.
-        :param env: the environment to go on with; ``None`` to predict only.
+        :param env: the environment to go on with, or its id; ``None`` to predict only.
+        :param n_envs: how many, when ``env`` is an id; ``None``: as many as the model had.
+        :param env_kwargs: arguments of the environment, when ``env`` is an id; of those that the model was made with,
+            only its preset's are in the file.
+        :raises ValueError: ``n_envs`` or ``env_kwargs`` without an id, or an id that is not registered.
         """
         if isinstance(path, str | Path) and Path(path).is_dir() and (file := Path(f"{path}.zip")).is_file():
             path = file
+        if isinstance(env, str):
+            saved = _saved_attributes(path)
+            env_kwargs = saved.get("preset_env_kwargs", {}) | (env_kwargs or {})
+            env = environments.make(env, saved["n_envs"] if n_envs is None else n_envs, env_kwargs)
+        elif n_envs is not None or env_kwargs is not None:
+            raise ValueError(environments.ONLY_FOR_IDS)
         model = super().load(path, env, *args, **kwargs)
         model._place_normalizer()
         model._compare_advertised()
@@ -173,3 +196,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             else:
                 error.add_note(f"The last good parameters are in the model, and saved to {path}")
                 return
+
+
+def _saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
+    """A saved model's attributes that JSON can hold; others are as SB3 writes them, and parameters are not read."""
+    with open_path(path, "r", suffix="zip") if isinstance(path, str | Path) else nullcontext(path) as file:
+        attributes: dict[str, Any] = json.loads(ZipFile(file).read("data"))
+        return attributes

@@ -173,7 +173,7 @@ class SAFE(ResumableAlgorithm):
         if isinstance(env, str):
             env = environments.make(env, n_envs, env_kwargs)
         elif env is not None and (env_kwargs is not None or n_envs != 1):
-            raise ValueError("n_envs and env_kwargs only apply when env is an id; this environment is built already")
+            raise ValueError(environments.ONLY_FOR_IDS)
         if env is not None:
             env = self._wrap_env(env, verbose)
             if self.preset_normalize:

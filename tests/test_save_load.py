@@ -11,10 +11,13 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+from textgen_env.gold import gold_reward
 
 from sb3_safe import SAFE, FixedKL, KLController
 from sb3_safe.controller import rollout_threshold
+from sb3_safe.presets import preset
 from sb3_safe.trust_bound import trained_parameters
+from tests.textgen_env import checkpoints
 
 SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
 KINDS = {
@@ -536,3 +539,45 @@ def test_statistics_go_along_to_the_next_environment():
     mine = VecNormalize(pendulum())
     model.set_env(mine)
     assert model.env is mine
+
+
+def test_an_id_will_do_for_an_environment(tmp_path: Path):
+    SAFE("MlpPolicy", "CartPole-v1", n_envs=3, **SETTINGS).save(tmp_path / "model")
+    model = SAFE.load(tmp_path / "model", env="CartPole-v1", env_kwargs={"max_episode_steps": 7})
+    assert model.n_envs == 3
+    assert model.learn(3 * 32).ep_info_buffer[0]["l"] <= 7
+    stream = io.BytesIO()
+    model.save(stream)
+    assert SAFE.load(stream, env="CartPole-v1", n_envs=2).n_envs == 2
+
+
+def test_an_id_with_a_preset_brings_the_normaliser_of_the_file(tmp_path: Path):
+    model = SAFE("MountainCar-v0", seed=0).learn(256)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model.zip", env="MountainCar-v0")
+    assert loaded.n_envs == model.n_envs
+    np.testing.assert_array_equal(
+        loaded.get_vec_normalize_env().obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean
+    )
+
+
+def test_an_id_of_text_brings_its_preset_of_the_environment(tmp_path: Path):
+    folder = checkpoints.language_model(tmp_path / "lm")
+    env_kwargs = {"model": folder, "max_prompt_tokens": 16, "reward_model": gold_reward}
+    model = SAFE("TextGenEnv-v0", env_kwargs=env_kwargs, n_envs=2)
+    model.save(tmp_path / "model")
+    loaded = SAFE.load(tmp_path / "model", env="TextGenEnv-v0", env_kwargs=env_kwargs)
+    assert (loaded.n_envs, loaded.observation_space) == (2, model.observation_space)
+    assert loaded.observation_space["input_ids"].shape == (
+        16 + preset("TextGenEnv-v0", env_kwargs)["env_kwargs"]["max_new_tokens"],
+    )
+
+
+def test_arguments_of_an_environment_without_an_id_are_refused_on_loading(tmp_path: Path):
+    model = trained()
+    model.save(tmp_path / "model")
+    for env, arguments in [(None, {"n_envs": 2}), (model.get_env(), {"env_kwargs": {}})]:
+        with pytest.raises(ValueError, match="n_envs and env_kwargs only apply when env is an id"):
+            SAFE.load(tmp_path / "model", env=env, **arguments)
+    with pytest.raises(ValueError, match="env='CartPole-v7' is not a registered environment"):
+        SAFE.load(tmp_path / "model", env="CartPole-v7")
