@@ -49,6 +49,7 @@ RLHF_TASKS = ("embedded", "length", "sparse")
 RATES = {"tuned": "tuned", "lr-x3": "rate x 3", "lr-x10": "rate x 10"}
 OWN_RATES = {
     "ppo-kl": "PPO, tuned to the task",
+    "safe-price": "SAFE, tuned to the task",
     "ppo-kl-shared": "PPO, one setting for all",
     "safe": "SAFE, one setting for all",
 }

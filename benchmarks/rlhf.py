@@ -31,6 +31,7 @@ from rlhf_settings import (
     FAMILIES,
     METHODS,
     OWN_RATES_FILE,
+    PRICED,
     SETTINGS,
     STRENGTHS,
     TUNED_FILE,
@@ -55,8 +56,8 @@ class Suite(NamedTuple):
 
 SUITES = {
     "tuning": Suite(("tuning",), tuple(TASKS), tuple(m for members in FAMILIES.values() for m in members), seeds=2),
-    # Each method's own rate: PPO's on each task with its coefficient, SAFE's one for all.
-    "rates": Suite(tuple(TUNING), tuple(TASKS), ("safe", *FAMILIES["ppo-kl"]), seeds=1),
+    # Each method's own rate: with PPO's coefficient, SAFE's price, or SAFE's default for all tasks.
+    "rates": Suite(tuple(TUNING), tuple(TASKS), ("safe", *PRICED, *FAMILIES["ppo-kl"]), seeds=1),
     # Rates and methods are what that has shown.
     "own-rates": Suite((), tuple(TASKS), (), seeds=10),
     "main": Suite(("tuned", "lr-x3", "lr-x10"), tuple(TASKS),

@@ -22,10 +22,10 @@ point before):
 ``ppo-kl``, ``ppo-adaptive`` and ``grpo`` are, on each task, the member of the family with the highest mean final gold
 in tuning.
 
-"Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: SAFE's is one for all tasks;
-PPO's is chosen with its coefficient, on each task (``ppo-kl``) and once for all (``ppo-kl-shared``). Iterations to
-PPO's gold: the first point at which the smoothed g_i is within 5 % of the final gold of ``ppo-kl`` (IQM over its runs);
-the median over runs.
+"Own rates" compares PPO and SAFE each at the learning rate that is best for it in tuning: chosen with PPO's coefficient
+and SAFE's price on each task (``ppo-kl``, ``safe-price``), and once for all with PPO's coefficient (``ppo-kl-shared``)
+and SAFE's defaults (``safe``). Iterations to PPO's gold: the first point at which the smoothed g_i is within 5 % of the
+final gold of ``ppo-kl`` (IQM over its runs); the median over runs.
 """
 
 import itertools
@@ -52,7 +52,18 @@ from reporting import (
 from rl_statistics import FloatArray, interval, iqm, probability_of_improvement
 from rlhf_figures import draw
 from rlhf_run import START_FILE
-from rlhf_settings import ABLATION, FAMILIES, METHODS, OWN_RATES_FILE, SETTINGS, TOKENS, TUNED_FILE, TUNING, resolved
+from rlhf_settings import (
+    ABLATION,
+    FAMILIES,
+    METHODS,
+    OWN_RATES_FILE,
+    PRICED,
+    SETTINGS,
+    TOKENS,
+    TUNED_FILE,
+    TUNING,
+    resolved,
+)
 from rlhf_tasks import TASKS
 from runs import write_json
 
@@ -70,6 +81,7 @@ SHOWN = ("ppo", "ppo-kl", "ppo-adaptive", "ppo-target-kl", "published", "grpo", 
 LAST = ("kl_per_text", "entropy", "distinct_2", "length", "stop_share", "explained_variance", "critic_gap")
 SIGNIFICANT = 3.0
 """Standard errors that gains and losses must exceed to count as such."""
+SAFE_AT_OWN_RATES = ("safe", "safe-price")
 LEVEL = 0.95
 """Share of PPO's final gold that counts as having reached it."""
 
@@ -126,14 +138,15 @@ def tuned_methods(runs: Runs, start: Mapping[str, Any]) -> tuple[dict[str, dict[
 
 
 def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
-    """What is best for SAFE and PPO: SAFE's learning rate, one for all tasks, and PPO's with its coefficient.
+    """What is best for PPO and SAFE: learning rate and coefficient or price on each task, and one for all.
 
-    :return: task -> "ppo-kl" (PPO at the best pair on that task), "ppo-kl-shared" (at the best over all tasks) and
-        "safe" -> setting to compare them at and method; nothing unless all has been tried.
+    :return: task -> "ppo-kl" and "safe-price" (at the best pair on that task), "ppo-kl-shared" (at the best pair over
+        all tasks) and "safe" (defaults, at the best rate over all) -> setting to compare them at and method; nothing
+        unless all has been tried.
     """
-    members = FAMILIES["ppo-kl"]
+    members, prices = FAMILIES["ppo-kl"], ("safe", *PRICED)
     for setting, task in itertools.product(TUNING, TASKS):
-        if not {"safe", *members} <= set(tuning.get(setting, {}).get(task, {})):
+        if not {*prices, *members} <= set(tuning.get(setting, {}).get(task, {})):
             return {}
 
     def best(methods: Collection[str], tasks: Collection[str]) -> tuple[str, str]:
@@ -145,7 +158,7 @@ def own_rates(tuning: Tuning) -> dict[str, dict[str, tuple[str, str]]]:
         return TUNING[setting], method
 
     for_all = {"ppo-kl-shared": best(members, TASKS), "safe": best(["safe"], TASKS)}
-    return {task: {"ppo-kl": best(members, [task]), **for_all} for task in TASKS}
+    return {task: {"ppo-kl": best(members, [task]), "safe-price": best(prices, [task]), **for_all} for task in TASKS}
 
 
 def _order(method: str) -> int:
@@ -191,11 +204,11 @@ class Report:
         setting, task, method = cell
         return np.array([run[name] for run in self.measures[setting][task][method]], dtype=np.float64)
 
-    def row(self, cells: Sequence[Cell], rivals: Sequence[Cell] = ()) -> dict[str, Any]:
+    def row(self, cells: Sequence[Cell], rivals: Mapping[str, Sequence[Cell]] | None = None) -> dict[str, Any]:
         """Figures of a method on one task, or over several, which count alike; ``seeds``: of the task with fewest.
 
         :param cells: one for each task.
-        :param rivals: SAFE's, where it is compared with something else.
+        :param rivals: cells of what it is compared with, by name.
         """
 
         def columns(name: str, cells: Sequence[Cell] = cells) -> list[FloatArray]:
@@ -204,10 +217,10 @@ class Report:
         row: dict[str, Any] = {"seeds": min(map(len, columns("final_gold")))}
         for name in ("final_gold", "average_gold", "average_reward", "final_reward"):
             row[name] = estimate(columns(name))
-        if rivals:
-            pair = columns("final_gold", rivals), columns("final_gold")
+        for name, theirs in (rivals or {}).items():
+            pair = columns("final_gold", theirs), columns("final_gold")
             ends = interval(probability_of_improvement, *pair)
-            row["safe_is_better"] = [digits(float(v)) for v in (probability_of_improvement(*pair), *ends)]
+            row[f"{name}_is_better"] = [digits(float(v)) for v in (probability_of_improvement(*pair), *ends)]
         fallen = np.concatenate(columns("crashes"))
         row |= {"crashes": int(fallen.sum()), "crashed_runs": int((fallen > 0).sum())}
         row |= {name: int(np.concatenate(columns(name)).sum()) for name in ("ruined", "diverged")}
@@ -234,7 +247,7 @@ class Report:
         """Figures of a method, and how often SAFE beats it in the same setting."""
         rivals = [(setting, task, "safe") for task in tasks if "safe" in self.measures[setting][task]]
         known = method != "safe" and len(rivals) == len(tasks)
-        return self.row([(setting, task, method) for task in tasks], rivals if known else ())
+        return self.row([(setting, task, method) for task in tasks], {"safe": rivals} if known else {})
 
     def at_own_rates(self, chosen: Mapping[str, Mapping[str, tuple[str, str]]]) -> dict[str, Any]:
         """Figures of PPO and SAFE, each at its own learning rate: task or "all tasks" -> method -> figures.
@@ -262,9 +275,10 @@ class Report:
         return rows
 
     def _compared(self, tasks: Sequence[Mapping[str, Cell]]) -> dict[str, dict[str, Any]]:
-        """Figures of all that is compared, and how often SAFE beats it: name -> figures over all tasks."""
-        safe = [cells["safe"] for cells in tasks]
-        return {name: self.row([cells[name] for cells in tasks], safe if name != "safe" else ()) for name in tasks[0]}
+        """Figures of all that is compared, and how often SAFE beats PPO: name -> figures over all tasks."""
+        of = {name: [cells[name] for cells in tasks] for name in tasks[0]}
+        safe = {name: cells for name, cells in of.items() if name in SAFE_AT_OWN_RATES}
+        return {name: self.row(cells, {} if name in safe else safe) for name, cells in of.items()}
 
     def _has_runs(self, cell: Cell) -> bool:
         setting, task, method = cell
@@ -297,6 +311,7 @@ COLUMNS = (
 
 
 TO_LEVEL = ("iterations to PPO's gold", "iterations_to_level", ".0f")
+TUNED_BETTER = ("P(tuned SAFE better)", "safe-price_is_better", ".2f")
 
 
 def _table(columns: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -329,7 +344,7 @@ def tables(
         lines += ["", "## Each at its own learning rate"]
         for task, rows in own.items():
             named = {" ".join((name, row.get("method", ""), row.get("setting", ""))): row for name, row in rows.items()}
-            lines += ["", f"### {task}", "", _table((TO_LEVEL, *COLUMNS), named)]
+            lines += ["", f"### {task}", "", _table((TO_LEVEL, TUNED_BETTER, *COLUMNS), named)]
     if tuning:
         columns = {f"{setting}: {task}": rows for setting, tasks in tuning.items() for task, rows in tasks.items()}
         cells = []

@@ -95,8 +95,8 @@ TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Of the adaptive coefficient, nats per token."""
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Of GRPO: coefficients of the KL in its loss, where rewards have unit deviation."""
-PRICES = (0.03, 0.05, 0.1)
-"""Of SAFE, units of the reward's spread per nat: what its default was chosen from, before drift had a limit."""
+PRICES = (0.01, 0.02, 0.1, 0.2)
+"""Of SAFE, units of the reward's spread per nat: with its default, 0.05, as many as PPO has coefficients."""
 
 
 def kl_in_reward(controller: str, **arguments: float) -> Method:
@@ -110,6 +110,8 @@ def safe_with(**arguments: float | None) -> Method:
     return SAFE, {"kl_controller_kwargs": arguments}
 
 
+PRICED = {f"safe-price-{p:g}": safe_with(price=p) for p in PRICES}
+"""What SAFE, whose default is one for all tasks, could be tuned to."""
 STRENGTHS = {f"safe-coef-{c:g}": safe_with(coef=c) for c in (0.02, 0.4)}
 """Of SAFE's penalty above the threshold: a range of 20 times around its default."""
 ABLATION: dict[str, Method] = {
@@ -135,7 +137,7 @@ METHODS: dict[str, Method] = {
     "ppo-kl-0.005": kl_in_reward("fixed", coef=0.005),  # beyond the edge, where the best coefficient is at it: sparse
     **FAMILIES["ppo-adaptive"],
     **FAMILIES["grpo"],
-    **{f"safe-price-{p:g}": safe_with(price=p, max_drift=None) for p in PRICES},
+    **PRICED,
     **STRENGTHS,
     **ABLATION,
 }

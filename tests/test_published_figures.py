@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import pages  # noqa: E402
 import rlhf_report  # noqa: E402
+from rlhf_settings import PRICED  # noqa: E402
 
 from sb3_safe.stability import crashes, smooth  # noqa: E402
 
@@ -299,13 +300,35 @@ def test_what_is_said_of_own_rates_is_in_the_results() -> None:
     assert "over all three {} and {}.".format(*over_all) in SAID
     assert f"({safe['kl_per_text']:.1f} nats over all, PPO {ppo['kl_per_text']:.1f})" in SAID
     chosen = [rows[task]["ppo-kl"] for task in pages.RLHF_TASKS]
-    coefficients = ", ".join(row["method"].removeprefix("ppo-kl-") for row in chosen)
-    assert f"the best pair on each task (coefficients {coefficients})" in SAID
+    coefficients = [row["method"].removeprefix("ppo-kl-") for row in chosen]
+    assert "the best pair on each task (PPO's coefficients {}, {} and {}, SAFE's".format(*coefficients) in SAID
     assert [row["setting"] for row in chosen] == ["tuned", "lr-x3", "tuned"]
     assert {rows[task]["safe"]["setting"] for task in pages.RLHF_TASKS} == {"lr-x3"}
     ratios = [rows[task]["safe"]["iterations_to_level"] / rows[task]["ppo-kl"]["iterations_to_level"] for task in
               pages.RLHF_TASKS]  # fmt: skip
     assert 0.4 < min(ratios[0], ratios[2]) <= max(ratios[0], ratios[2]) < 0.55 < 1 < ratios[1]
+
+
+def test_what_is_said_of_safe_tuned_to_the_task_is_in_the_results() -> None:
+    rows = LANGUAGE["own_rates"]
+    tuned = {task: rows[task]["safe-price"] for task in pages.RLHF_TASKS}
+    assert [row["setting"] for row in tuned.values()] == ["lr-x3", "lr-x3", "tuned"]
+    prices = [row["method"].removeprefix("safe-price-").replace("safe", "0.05") for row in tuned.values()]
+    assert "SAFE's prices {}, {} and {})".format(*prices) in SAID
+    ends = "{:.2f} [{:.2f}, {:.2f}]".format(*rows["all tasks"]["safe-price"]["final_gold"])
+    better = "{:.2f} [{:.2f}, {:.2f}]".format(*rows["all tasks"]["ppo-kl"]["safe-price_is_better"])
+    assert f"it ends at {ends}, and the probability that a run of it ends above one of PPO is {better}." in SAID
+    assert f"SAFE ends no higher: at {ends[:4]}." in SAID
+    sparse = "({:.2f} [{:.2f}, {:.2f}]".format(*tuned["sparse"]["final_gold"])
+    assert f"{sparse}, PPO {rows['sparse']['ppo-kl']['final_gold'][0]:.2f})" in SAID
+    length, tried = tuned["length"], LANGUAGE["tuning"]["tuning-x3"]["length"]
+    best, default = (f"{tried[method]['final_gold']:.2f}" for method in (length["method"], "safe"))
+    assert f"best on tuning's seed ({best}; {default} at its default)" in SAID
+    assert f"drift to {length['kl_per_text']:.0f} nats a text: they end at {length['final_gold'][0]:.2f}, " in SAID
+    assert (
+        f"crash {length['crashes']} times, and would have ended at {rows['length']['safe']['final_gold'][0]:.2f}"
+        in SAID
+    )
 
 
 def test_what_is_said_of_crashes_in_language_is_in_the_results() -> None:
@@ -331,7 +354,7 @@ def test_what_is_said_of_one_setting_for_all_tasks_is_in_the_results() -> None:
     (pair,) = {(rows[task]["ppo-kl-shared"]["setting"], rows[task]["ppo-kl-shared"]["method"]) for task in
                pages.RLHF_TASKS}  # fmt: skip
     assert pair == ("tuned", "ppo-kl-0.05")
-    assert "the best one for all tasks (0.05, the tuned rate)" in SAID
+    assert "PPO at the best pair over all tasks (0.05, the tuned rate)" in SAID
     ppo, safe = (rows["all tasks"][name] for name in ("ppo-kl-shared", "safe"))
     ends = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["final_gold"]) for row in (safe, ppo)]
     assert SAID.count("over all three at {} and {}".format(*ends)) == 1
@@ -390,7 +413,7 @@ def test_gold_scores_of_tuning_at_ten_times_the_rate_are_those_of_the_report() -
     tuning = [LANGUAGE["tuning"]["tuning-x10"][task] for task in pages.RLHF_TASKS]
     ppo = [max(row["final_gold"] for name, row in tried.items() if name.startswith("ppo-kl")) for tried in tuning]
     safe = [tried["safe"]["final_gold"] for tried in tuning]
-    lowest = min(row["final_gold"] for name, row in tuning[0].items() if name.startswith("safe"))
+    lowest = [min(tried[method]["final_gold"] for method in ("safe", *PRICED)) for tried in tuning]
     assert "ends at {:.2f}, {:.2f} and {:.2f}, SAFE at".format(*ppo) in SAID
-    assert "SAFE at {:.2f}, {:.2f} and {:.2f}, on `embedded`".format(*safe) in SAID
-    assert f"at any of three prices at {lowest:.2f} or more" in SAID
+    assert "SAFE at {:.2f}, {:.2f} and {:.2f}, at any of five prices".format(*safe) in SAID
+    assert "at any of five prices from 0.01 to 0.2 at {:.2f}, {:.2f} and {:.2f} or more".format(*lowest) in SAID

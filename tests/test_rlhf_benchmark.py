@@ -242,7 +242,7 @@ def test_the_best_member_of_a_family_is_chosen_once_all_have_been_tried() -> Non
 
 def tuning_of(gold: dict[tuple[str, str, str], float]) -> dict[str, dict[str, dict[str, Any]]]:
     """Everything tried at every rate, at 0.5 but for what is given."""
-    methods = ["safe", *FAMILIES["ppo-kl"]]
+    methods = ["safe", *rlhf_settings.PRICED, *FAMILIES["ppo-kl"]]
     return {
         setting: {
             task: {m: {"final_gold": gold.get((setting, task, m), 0.5), "seeds": 1} for m in methods}
@@ -252,7 +252,7 @@ def tuning_of(gold: dict[tuple[str, str, str], float]) -> dict[str, dict[str, di
     }
 
 
-def test_safe_has_one_best_rate_and_ppo_one_on_each_task_and_one_for_all_with_its_coefficient() -> None:
+def test_ppo_and_safe_have_a_best_pair_on_each_task_and_one_for_all_where_safe_has_its_defaults() -> None:
     gold = {
         ("tuning-x10", "sparse", "safe"): 0.9,
         ("tuning-x3", "sparse", "safe"): 0.8,
@@ -261,14 +261,17 @@ def test_safe_has_one_best_rate_and_ppo_one_on_each_task_and_one_for_all_with_it
         ("tuning", "sparse", "ppo-kl-0.01"): 0.7,
         ("tuning", "sparse", "ppo-kl-0.05"): 0.65,
         ("tuning", "length", "ppo-kl-0.05"): 0.65,
+        ("tuning-x10", "length", "safe-price-0.1"): 0.9,
     }
     tuning = tuning_of(gold)
     chosen = rlhf_report.own_rates(tuning)
     assert {task: choice["safe"] for task, choice in chosen.items()} == dict.fromkeys(chosen, ("lr-x3", "safe"))
     assert chosen["length"]["ppo-kl"] == ("lr-x3", "ppo-kl-0.2")
     assert chosen["sparse"]["ppo-kl"] == ("tuned", "ppo-kl-0.01")
+    assert chosen["length"]["safe-price"] == ("lr-x10", "safe-price-0.1")
+    assert chosen["sparse"]["safe-price"] == ("lr-x10", "safe")
     assert {choice["ppo-kl-shared"] for choice in chosen.values()} == {("tuned", "ppo-kl-0.05")}
-    del tuning["tuning-x3"]["length"]["ppo-kl-0.1"]
+    del tuning["tuning-x3"]["length"]["safe-price-0.1"]
     assert rlhf_report.own_rates(tuning) == {}
 
 
@@ -280,13 +283,19 @@ def test_at_their_own_rates_methods_of_different_settings_are_compared() -> None
                 "ppo-kl-0.2": [result_with([0.5] * 20)],
             }
         },
-        "lr-x3": {"length": {"safe": [result_with([*np.linspace(0.5, 0.9, 5), *[0.9] * 15])]}},
+        "lr-x3": {
+            "length": {
+                "safe": [result_with([*np.linspace(0.5, 0.9, 5), *[0.9] * 15])],
+                "safe-price-0.1": [result_with([0.7] * 20)],
+            }
+        },
     }
     report = rlhf_report.Report(results, {"length": START}, {"length": {"ppo-kl": "ppo-kl-0.05"}})
     chosen = {
         "length": {
             "ppo-kl": ("tuned", "ppo-kl-0.05"),
             "ppo-kl-shared": ("tuned", "ppo-kl-0.2"),
+            "safe-price": ("lr-x3", "safe-price-0.1"),
             "safe": ("lr-x3", "safe"),
         }
     }
@@ -296,7 +305,8 @@ def test_at_their_own_rates_methods_of_different_settings_are_compared() -> None
     ppo, shared, safe = (rows["length"][name] for name in ("ppo-kl", "ppo-kl-shared", "safe"))
     assert (shared["method"], shared["final_gold"][0], shared["iterations_to_level"]) == ("ppo-kl-0.2", 0.5, None)
     assert (ppo["setting"], ppo["method"], safe["setting"]) == ("tuned", "ppo-kl-0.05", "lr-x3")
-    assert ppo["safe_is_better"][0] == 1
+    assert (ppo["safe_is_better"][0], ppo["safe-price_is_better"][0]) == (1, 0)
+    assert "safe_is_better" not in rows["length"]["safe-price"]
     # Means of five points: PPO's last and SAFE's eighth are the first within 5 % of what PPO ends at.
     assert [round(row["iterations_to_level"] * rlhf_settings.TOKENS) for row in (ppo, safe)] == [2000, 800]
 
