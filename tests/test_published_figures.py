@@ -178,8 +178,12 @@ def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
     assert min(car["only-penalty"][1], car["only-huber"][1]) > -130
     assert min(pendulum["only-penalty"][0], pendulum["only-preview"][0]) > -350
     assert max(pendulum["only-soft-min"][2], pendulum["only-huber"][2]) < -700
-    safe, free, alone = (pendulum[name][0] for name in ("safe", "safe-no-penalty", "only-preview"))
-    assert f"SAFE ends at {safe:.0f}, without it at {free:.0f}, with the bound alone at {alone:.0f}." in SAID
+    free = "{:.0f} [{:.0f}, {:.0f}]".format(*pendulum["safe-no-penalty"])
+    safe, bound, penalty = (pendulum[name][0] for name in ("safe", "only-preview", "only-penalty"))
+    assert f"SAFE ends at {safe:.0f}, without the penalty at {free}, with the bound alone at {bound:.0f}," in SAID
+    assert f"with the penalty alone at {penalty:.0f}." in SAID
+    several = [name for name, row in rows["Pendulum-v1"].items() if row["seeds"] == 10 and name not in ("safe", "ppo")]
+    assert set(several) == {"safe-no-penalty", "only-preview", "only-penalty"}
     for task in (pendulum, car):
         others = [task[name][0] for name in ("safe-no-gate", "safe-constant")]
         assert all(abs(final - task["safe"][0]) < 30 for final in others)
