@@ -179,11 +179,15 @@ def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
     assert min(pendulum["only-penalty"][0], pendulum["only-preview"][0]) > -350
     assert max(pendulum["only-soft-min"][2], pendulum["only-huber"][2]) < -700
     free = "{:.0f} [{:.0f}, {:.0f}]".format(*pendulum["safe-no-penalty"])
-    safe, bound, penalty = (pendulum[name][0] for name in ("safe", "only-preview", "only-penalty"))
-    assert f"SAFE ends at {safe:.0f}, without the penalty at {free}, with the bound alone at {bound:.0f}," in SAID
-    assert f"with the penalty alone at {penalty:.0f}." in SAID
+    single = "{:.0f} [{:.0f}, {:.0f}]".format(*pendulum["safe-no-soft-min"])
+    safe, unbound = (pendulum[name][0] for name in ("safe", "safe-no-preview"))
+    bound, penalty = (pendulum[name][0] for name in ("only-preview", "only-penalty"))
+    assert f"SAFE ends at {safe:.0f}, without the penalty at {free}, without the second critic at {single}," in SAID
+    alone = f"with the bound alone at {bound:.0f}, with the penalty alone at {penalty:.0f}."
+    assert f"without the bound at {unbound:.0f}, {alone}" in SAID
     several = [name for name, row in rows["Pendulum-v1"].items() if row["seeds"] == 10 and name not in ("safe", "ppo")]
-    assert set(several) == {"safe-no-penalty", "only-preview", "only-penalty"}
+    assert set(several) == {"safe-no-penalty", "safe-no-soft-min", "safe-no-preview", "only-preview", "only-penalty"}
+    assert all(pendulum["safe"][0] > pendulum[name][0] for name in several)
     for task in (pendulum, car):
         others = [task[name][0] for name in ("safe-no-gate", "safe-constant")]
         assert all(abs(final - task["safe"][0]) < 30 for final in others)
