@@ -21,6 +21,13 @@ PRESETS_FILE = Path(__file__).with_name("presets.yml")
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
 
 
+def entries() -> dict[str, dict[str, Any]]:
+    """What the file has, as it is there: name -> settings."""
+    with PRESETS_FILE.open(encoding="utf-8") as file:
+        found: dict[str, dict[str, Any]] = yaml.safe_load(file)
+        return found
+
+
 def preset(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Recommended settings of an environment id: ``default`` of the file, overridden by the id's own entry.
 
@@ -29,8 +36,7 @@ def preset(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str
     Keys are constructor arguments of SAFE, and ``n_timesteps`` (budget of ``learn()``), ``n_envs``, ``policy`` and
     ``normalize`` (whether observations and rewards are normalised by SB3's ``VecNormalize``), as in the RL Zoo.
     """
-    with PRESETS_FILE.open(encoding="utf-8") as file:
-        presets = yaml.safe_load(file)
+    presets = entries()
     name = env_id.rpartition(":")[2]
     settings: dict[str, Any] = presets["default"] | presets.get(name, {})
     for argument in env_kwargs or {}:

@@ -94,7 +94,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """Load a saved model; see ``BaseAlgorithm.load``.
 
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
-        the policy would see numbers it has never seen in training. One that comes later, by ``set_env``, likewise.
+        the policy would see numbers it has never seen in training. For the same reason a ``VecNormalize`` that is there
+        and has seen nothing yet takes the saved statistics. An environment that comes later, by ``set_env``, likewise.
         Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
         The controller goes on where it was; a default ``tau_base`` is recomputed if the rollout size changes.
 
@@ -125,7 +126,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """See ``BaseAlgorithm.set_env``. Statistics of a ``VecNormalize`` go along, and it warns as :meth:`load` does.
 
-        :param env: the environment to go on with; one in a ``VecNormalize`` keeps its own statistics.
+        :param env: the environment to go on with; one in a ``VecNormalize`` keeps its own statistics if it has any.
         :param force_reset: whether the next ``learn`` begins with new episodes.
         """
         normalizer = self._normalizer or copy.deepcopy(self._vec_normalize_env)  # a copy is around no environment
@@ -158,9 +159,14 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             # What SB3 leaves out of a file but expects to find when it writes the next one.
             self._normalizer.class_attributes, self._normalizer.returns = {}, np.zeros(0)
             return
-        if self._vec_normalize_env is None:
-            self.env = environments.with_normalizer(self.env, self._normalizer)
+        saved, own = self._normalizer, self._vec_normalize_env
+        if own is None:
+            self.env = environments.with_normalizer(self.env, saved)
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
+        elif own.ret_rms.count < 1:
+            own.ret_rms = copy.deepcopy(saved.ret_rms)
+            if own.norm_obs and saved.norm_obs:
+                own.obs_rms = copy.deepcopy(saved.obs_rms)
         self._normalizer = None
 
     @contextmanager

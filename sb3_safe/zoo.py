@@ -17,7 +17,7 @@ from typing import Any
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_safe.finite import NonFiniteError
-from sb3_safe.presets import PRESETS_FILE
+from sb3_safe.presets import PRESETS_FILE, entries
 from sb3_safe.safe import SAFE
 
 COMMANDS = {
@@ -135,20 +135,27 @@ def with_defaults(command: str, options: Sequence[str]) -> list[str]:
 
     :param command: of :data:`COMMANDS`.
     :param options: the command line after it.
+    :raises ValueError: an argument of the environment with which another preset is meant than the Zoo would find.
     """
     given = list(options)
     if command not in ("train", "enjoy", "record_video"):
         return given  # plots: -a names the algorithms, and has no default
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo")
+    parser.add_argument("--env", default="")
+    parser.add_argument("--env-kwargs", nargs="+", default=[])
     parser.add_argument("-conf", "--conf-file")
     parser.add_argument("-f", "--folder", "--log-folder", dest="folder")
     known, _ = parser.parse_known_args(given)
-    if known.algo not in (None, "safe"):
-        return given
     if known.algo is None:
         given += ["--algo", "safe"]
-    if command == "train" and known.conf_file is None:
+    if command == "train" and known.conf_file is None and known.algo in (None, "safe"):
+        for argument in (option.partition(":")[0] for option in known.env_kwargs):
+            if f"{known.env}/{argument}" in entries():
+                raise ValueError(
+                    f"--env-kwargs {argument}: the Zoo finds the preset of {known.env} without it only, whose settings "
+                    "are others; write those that you want into a file and pass --conf-file"
+                )
         given += ["--conf-file", str(PRESETS_FILE)]
     if command != "train" and known.folder is None:
         given += ["--folder", LOG_FOLDER]
@@ -166,8 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"usage: python -m sb3_safe.zoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
         return 0 if given[:1] in (["-h"], ["--help"]) else 2
     command = given[0]
-    # The Zoo's commands read sys.argv.
-    sys.argv = [f"sb3_safe.zoo {command}", *with_defaults(command, given[1:])]
+    try:
+        options = with_defaults(command, given[1:])
+    except ValueError as error:
+        print(f"sb3_safe.zoo: error: {error}", file=sys.stderr)
+        return 2
+    sys.argv = [f"sb3_safe.zoo {command}", *options]  # what the Zoo's commands read
     try:
         register()
         # Only the module of the command: each needs packages that the others do not.

@@ -581,3 +581,30 @@ def test_arguments_of_an_environment_without_an_id_are_refused_on_loading(tmp_pa
             SAFE.load(tmp_path / "model", env=env, **arguments)
     with pytest.raises(ValueError, match="env='CartPole-v7' is not a registered environment"):
         SAFE.load(tmp_path / "model", env="CartPole-v7")
+
+
+@pytest.mark.parametrize("given_by", ["load", "set_env"])
+def test_a_normaliser_that_has_seen_nothing_takes_the_statistics_of_the_file(tmp_path: Path, given_by: str):
+    """As the RL Zoo's does, where a run was stopped before it wrote them."""
+    model = SAFE("MlpPolicy", VecNormalize(make_vec_env("CartPole-v1", 2, seed=0)), **SETTINGS).learn(64)
+    model.save(tmp_path / "model")
+    envs = VecNormalize(make_vec_env("CartPole-v1", 2), clip_obs=5.0)
+    loaded = SAFE.load(tmp_path / "model", env=envs if given_by == "load" else None)
+    if given_by == "set_env":
+        loaded.set_env(envs)
+    trained_in = model.get_vec_normalize_env()
+    assert loaded.get_vec_normalize_env() is envs
+    assert (envs.clip_obs, envs.obs_rms.count) == (5.0, trained_in.obs_rms.count)
+    np.testing.assert_array_equal(envs.obs_rms.var, trained_in.obs_rms.var)
+    assert envs.ret_rms.var == trained_in.ret_rms.var
+
+
+def test_a_normaliser_with_statistics_of_its_own_keeps_them(tmp_path: Path):
+    SAFE("MlpPolicy", VecNormalize(make_vec_env("CartPole-v1", seed=0)), **SETTINGS).learn(64).save(tmp_path / "model")
+    envs = VecNormalize(make_vec_env("CartPole-v1", seed=1))
+    envs.reset()
+    for _ in range(8):
+        envs.step(np.zeros(1, dtype=np.int64))
+    before = envs.obs_rms.mean.copy()
+    SAFE.load(tmp_path / "model", env=envs)
+    np.testing.assert_array_equal(envs.obs_rms.mean, before)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -36,9 +35,8 @@ class Trial:
 
 def test_presets_file_is_one_that_the_zoo_reads() -> None:
     """It takes an entry as it is, without the defaults; schedules are numbers or ``lin_x``, expressions are strings."""
-    entries = yaml.safe_load(presets.PRESETS_FILE.read_text(encoding="utf-8"))
-    assert "default" in entries
-    for name, entry in entries.items():
+    assert "default" in presets.entries()
+    for name, entry in presets.entries().items():
         assert isinstance(entry["n_timesteps"], int), name
         for key in ("learning_rate", "clip_range"):
             value = entry.get(key, 0.1)
@@ -56,6 +54,15 @@ def test_a_file_of_ones_own_wins(given: list[str]) -> None:
     assert zoo.with_defaults("train", ["--algo", "safe", *given]) == ["--algo", "safe", *given]
 
 
+def test_a_preset_that_the_zoo_would_not_find_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--env", "TextGenEnv-v0", "--env-kwargs", "max_new_tokens:8", "model:'some/model'"]
+    assert zoo.main(["train", *options]) == 2
+    assert "--env-kwargs model: the Zoo finds the preset of TextGenEnv-v0 without it only" in capsys.readouterr().err
+    assert zoo.with_defaults("train", [*options, "-conf", "mine.yml"])[-2:] == ["--algo", "safe"]
+    for others in (options[:-1], ["--env", "CartPole-v1", "--env-kwargs", "max_episode_steps:7"]):
+        assert str(presets.PRESETS_FILE) in zoo.with_defaults("train", others)
+
+
 def test_other_algorithms_are_left_alone() -> None:
     assert zoo.with_defaults("train", ["--algo=ppo"]) == ["--algo=ppo"]
     assert zoo.with_defaults("plot_train", ["-a", "safe"]) == ["-a", "safe"]
@@ -65,6 +72,7 @@ def test_enjoy_looks_where_train_writes() -> None:
     assert zoo.with_defaults("enjoy", []) == ["--algo", "safe", "--folder", "logs"]
     assert zoo.with_defaults("enjoy", ["-f", "mine", "--algo", "safe"]) == ["-f", "mine", "--algo", "safe"]
     assert zoo.with_defaults("record_video", ["--algo", "safe"])[-2:] == ["--folder", "logs"]
+    assert zoo.with_defaults("enjoy", ["--algo", "ppo"])[-2:] == ["--folder", "logs"]
 
 
 def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

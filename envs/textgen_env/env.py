@@ -132,6 +132,8 @@ class TextGenVectorEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64]
             raise ValueError(f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}")
         if not is_finite(missing_eos_penalty):
             raise ValueError(f"missing_eos_penalty={missing_eos_penalty!r} must be a finite number, 0 for none")
+        if render_mode not in (None, *METADATA["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} must be None or one of {METADATA['render_modes']}")
         if reply is None and max_turns != 1:
             raise ValueError(f"max_turns={max_turns} needs reply=..., a function that answers between turns")
         model_name: str = as_name(model)

@@ -348,6 +348,7 @@ def test_actions_of_wrong_shape_or_outside_the_vocabulary_are_refused(actions: l
         ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty=nan must be a finite number"),
         ({"missing_eos_penalty": "1"}, "missing_eos_penalty='1' must be a finite number"),
         ({"missing_eos_penalty": None}, "missing_eos_penalty=None must be a finite number, 0 for none"),
+        ({"render_mode": "human"}, r"render_mode='human' must be None or one of \['ansi'\]"),
         ({"reward_model": []}, "reward_model is empty"),
         ({"reward_model": 3}, "reward_model must be"),
         ({"pad_token": "<nothing>"}, "pad_token='<nothing>' is not in the vocabulary"),
