@@ -203,6 +203,27 @@ def test_what_is_said_of_the_layers_in_control_is_in_the_results() -> None:
     assert gentle["only-penalty"]["final"][1] > 0.98
 
 
+def test_what_is_said_of_the_layers_on_cartpole_is_in_the_results() -> None:
+    rows = CONTROL["lr-x20"]["tasks"]["CartPole-v1"]
+    layers = ("soft-min", "huber", "penalty", "preview")
+    off, alone = ([rows[f"{prefix}-{layer}"] for layer in layers] for prefix in ("safe-no", "only"))
+    assert {row["seeds"] for row in [*off, *alone, rows["ppo"], rows["safe"]]} == {10}
+    averages = {name: f"{row['average'][0]:.0f}" for name, row in rows.items()}
+    whole = [
+        f"{label} {averages[name]} and {rows[name]['crashes']}" for label, name in (("PPO", "ppo"), ("SAFE", "safe"))
+    ]
+    assert f"(ten seeds): {', '.join(whole)}." in SAID
+    critic = "{:.0f} [{:.0f}, {:.0f}]".format(*rows["only-soft-min"]["average"])
+    assert f"nearly all of it, {critic} and {alone[0]['crashes']};" in SAID
+    assert (
+        f"penalty and bound alone have {averages['only-penalty']} and {averages['only-preview']}, and crash 8" in SAID
+    )
+    assert [row["crashes"] for row in alone[2:]] == [8, 8]
+    assert f"Huber loss alone has {averages['only-huber']} and {alone[1]['crashes']}." in SAID
+    assert f"Without the second critic SAFE crashes {off[0]['crashes']} times," in SAID
+    assert {row["crashes"] for row in off[1:]} == {3, 4}
+
+
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
     pendulum = {name: f"{row['average'][0]:.0f}" for name, row in CONTROL["tuned"]["tasks"]["Pendulum-v1"].items()}
     assert f"at the tuned rate its training average is {pendulum['safe']}, PPO's {pendulum['ppo']}." in SAID
