@@ -163,7 +163,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if own is None:
             self.env = environments.with_normalizer(self.env, saved)
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
-        elif own.ret_rms.count < 1:
+        elif own.ret_rms.count < 1:  # such as the Zoo's, where a run was stopped before it wrote its statistics
             own.ret_rms = copy.deepcopy(saved.ret_rms)
             if own.norm_obs and saved.norm_obs:
                 own.obs_rms = copy.deepcopy(saved.obs_rms)

@@ -150,8 +150,9 @@ def with_defaults(command: str, options: Sequence[str]) -> list[str]:
     if known.algo is None:
         given += ["--algo", "safe"]
     if command == "train" and known.conf_file is None and known.algo in (None, "safe"):
+        named = entries()
         for argument in (option.partition(":")[0] for option in known.env_kwargs):
-            if f"{known.env}/{argument}" in entries():
+            if f"{known.env}/{argument}" in named:
                 raise ValueError(
                     f"--env-kwargs {argument}: the Zoo finds the preset of {known.env} without it only, whose settings "
                     "are others; write those that you want into a file and pass --conf-file"
