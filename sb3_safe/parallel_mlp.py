@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 # What has no parameters and treats every number alike, whatever the axes around it.
@@ -61,14 +62,49 @@ class SerialMlp(nn.ModuleList):
         return th.stack([network(inputs) for network in self])
 
 
-def side_by_side(networks: Sequence[nn.Sequential]) -> ParallelMlp | SerialMlp:
+class Part(nn.Module):
+    """The actor's or the critic's part of an ``mlp_extractor`` that is not SB3's; the two may share layers.
+
+    :param extractor: has ``method``.
+    :param method: ``"forward_actor"`` or ``"forward_critic"``.
+    """
+
+    def __init__(self, extractor: nn.Module, method: str) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.method = method
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Latents ``[B, out]`` of features ``[B, in]``."""
+        return getattr(self.extractor, self.method)(inputs)  # type: ignore[no-any-return]
+
+
+def side_by_side(networks: Sequence[nn.Module]) -> ParallelMlp | SerialMlp:
     """Networks of one architecture as one module, from ``[B, in]`` to ``[N, B, out]``."""
-    plain = all(isinstance(layer, nn.Linear) or type(layer) in ELEMENTWISE for layer in networks[0])
-    return ParallelMlp(networks) if plain else SerialMlp(networks)
+    sequential = [network for network in networks if isinstance(network, nn.Sequential)]
+    if len(sequential) < len(networks):
+        return SerialMlp(networks)
+    plain = all(isinstance(layer, nn.Linear) or type(layer) in ELEMENTWISE for layer in sequential[0])
+    return ParallelMlp(sequential) if plain else SerialMlp(networks)
 
 
-def architecture(network: nn.Sequential) -> list[tuple[Any, ...]]:
+def architecture(network: nn.Module) -> list[Any]:
     """What must be equal for two networks to be evaluated side by side."""
+    if not isinstance(network, nn.Sequential):
+        return [network]  # another's cannot be told
     return [
-        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (type(layer),) for layer in network
+        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else type(layer) for layer in network
     ]
+
+
+def parts(extractor: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The networks of actor and critic in an ``mlp_extractor``, up to their heads.
+
+    :param extractor: with ``forward_actor`` and ``forward_critic``.
+    """
+    if type(extractor) is MlpExtractor:
+        nets = (extractor.policy_net, extractor.value_net)
+        actor, critic = (set(map(id, net.parameters())) for net in nets)
+        if all(isinstance(net, nn.Sequential) for net in nets) and actor.isdisjoint(critic):
+            return nets
+    return Part(extractor, "forward_actor"), Part(extractor, "forward_critic")

@@ -22,7 +22,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from sb3_safe import arguments, functional
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
 from sb3_safe.fast_mlp import FastMlp, fast_path
-from sb3_safe.parallel_mlp import architecture, side_by_side
+from sb3_safe.parallel_mlp import Part, architecture, parts, side_by_side
 
 MEAN_ALPHA = 1e8
 """Temperature from which on the soft-min is the mean to single precision, in standard deviations of the return."""
@@ -159,10 +159,11 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     """Actor with ``n_critics`` value networks, used through their soft-min.
 
     With ``n_critics=1`` it is SB3's ``ActorCriticPolicy``: same initial parameters, same actions. A subclass may
-    override what SB3's may, but for two: ``mlp_extractor`` is SB3's ``MlpExtractor``, of whose ``value_net`` the
-    further critics are made, and training calls :meth:`evaluate`, not ``evaluate_actions``. Neither ``mlp_extractor``
-    nor ``value_net`` is there after building: the critics are ``bodies``, ``value_weight`` and ``value_bias``. Where
-    SB3's own ``forward`` calls those two, one of yours calls ``_latents`` and ``_used_value``.
+    override what SB3's may, but for one: training calls :meth:`evaluate`, not ``evaluate_actions``. An
+    ``mlp_extractor`` of its own has SB3's ``forward_actor`` and ``forward_critic``, and is built anew for each further
+    critic. Neither ``mlp_extractor`` nor ``value_net`` is there after building: the critics are ``bodies``,
+    ``value_weight`` and ``value_bias``. Where SB3's own ``forward`` calls those two, one of yours calls ``_latents``
+    and ``_used_value``.
 
     LayerNorm on the critics' input, which the paper puts on hidden states of a language model, is left out here:
     on the three numbers of a pendulum it would discard two of them.
@@ -170,7 +171,7 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     :param n_critics: number of value networks.
     :param soft_min_alpha: temperature of the soft-min, in running standard deviations of the return.
     :param kwargs: those of :class:`stable_baselines3.common.policies.ActorCriticPolicy`.
-    :raises ValueError: no critic, a negative temperature, or a ``mlp_extractor`` of another class.
+    :raises ValueError: no critic, a negative temperature, or an ``mlp_extractor`` without the two methods.
     """
 
     copies: ClassVar[Mapping[str, str]] = {
@@ -203,17 +204,17 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         self._init_critics(**self._critic_arguments)
-        if type(self.mlp_extractor) is not MlpExtractor:
+        if not hasattr(self.mlp_extractor, "forward_actor") or not hasattr(self.mlp_extractor, "forward_critic"):
             raise ValueError(
-                f"policy: mlp_extractor is a {type(self.mlp_extractor).__name__}, of which no further critics can be "
-                "made; use net_arch and activation_fn, or put what is special into a features extractor"
+                f"policy: mlp_extractor is a {type(self.mlp_extractor).__name__} without forward_actor and "
+                "forward_critic, which take features [B, f] to latents; give it both"
             )
         # SB3's own critic is the first; the others are drawn after it, so that one critic means SB3's parameters.
-        extra = [self._make_critic() for _ in range(self.n_critics - 1)]
-        actor = self.mlp_extractor.policy_net
-        critics = [self.mlp_extractor.value_net, *(body for body, _ in extra)]
+        actor, critic = parts(self.mlp_extractor)
+        extra = [self._make_critic(critic) for _ in range(self.n_critics - 1)]
+        critics = [critic, *(body for body, _ in extra)]
         heads = [self.value_net, *(head for _, head in extra)]
-        self.joint = self.share_features_extractor and architecture(actor) == architecture(critics[0])
+        self.joint = self.share_features_extractor and architecture(actor) == architecture(critic)
         self.bodies = side_by_side([actor, *critics] if self.joint else critics)
         self.actor_body = nn.Identity() if self.joint else actor
         self.value_weight = nn.Parameter(th.stack([head.weight.detach().t() for head in heads]))
@@ -232,13 +233,19 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
             kwargs["fused"] = True  # one kernel a step instead of a dozen per parameter
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
-    def _make_critic(self) -> tuple[nn.Sequential, nn.Linear]:
-        """Another value network, initialised as SB3 initialises its own."""
-        body = copy.deepcopy(self.mlp_extractor.value_net).cpu()  # where SB3 draws its own
-        for layer in body.modules():
-            if reset := getattr(layer, "reset_parameters", None):
-                reset()
-        head = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+    def _make_critic(self, first: nn.Module) -> tuple[nn.Module, nn.Linear]:
+        """Another value network like the first, initialised as SB3 initialises its own."""
+        extractor = self.mlp_extractor
+        if isinstance(first, Part):
+            self._build_mlp_extractor()
+            _, body = parts(self.mlp_extractor)
+            self.mlp_extractor = extractor
+        else:
+            body = copy.deepcopy(first).cpu()  # where SB3 draws its own
+            for layer in body.modules():
+                if reset := getattr(layer, "reset_parameters", None):
+                    reset()
+        head = nn.Linear(extractor.latent_dim_vf, 1)
         if self.ortho_init:
             body.apply(lambda module: self.init_weights(module, gain=math.sqrt(2)))
             self.init_weights(head, gain=1)

@@ -514,18 +514,103 @@ def test_further_critics_have_the_layers_of_the_first():
     assert values.shape == (5, 2)
 
 
-class OwnNetwork(nn.Module):
+class WithTrunk(nn.Module):
+    """Actor and critic share a layer."""
+
+    latent_dim_pi, latent_dim_vf = 5, 6
+
+    def __init__(self, features_dim: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(features_dim, 7), nn.LayerNorm(7), nn.ReLU())
+        self.scale = nn.Parameter(th.randn(7))
+        self.actor, self.critic = nn.Linear(7, 5), nn.Linear(7, 6)
+
+    def forward(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.forward_actor(features), self.forward_critic(features)
+
+    def forward_actor(self, features: th.Tensor) -> th.Tensor:
+        return self.actor(self.scale * self.trunk(features))
+
+    def forward_critic(self, features: th.Tensor) -> th.Tensor:
+        return self.critic(self.scale * self.trunk(features))
+
+
+class WithTrunkPolicy(TwinCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = WithTrunk(self.features_dim)
+
+
+class WithTrunkSB3(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = WithTrunk(self.features_dim)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_network_of_ones_own_with_one_critic_is_that_of_sb3(shared: bool):
+    obs, kwargs = observations(), {"share_features_extractor": shared}
+    ours, theirs = make(WithTrunkPolicy, n_critics=1, **kwargs), make(WithTrunkSB3, **kwargs)
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
+    th.testing.assert_close(ours.predict_values(obs), theirs.predict_values(obs))
+    for policy in (ours, theirs):
+        values, log_prob, entropy = policy.evaluate_actions(obs, th.zeros(5))
+        (values.sum() + log_prob.sum() + entropy.sum()).backward()
+        policy.optimizer.step()
+    th.testing.assert_close(ours.predict_values(obs), theirs.predict_values(obs))
+    th.testing.assert_close(
+        ours.get_distribution(obs).distribution.logits, theirs.get_distribution(obs).distribution.logits
+    )
+
+
+def test_further_critics_are_built_as_a_network_of_ones_own_is():
+    policy = make(WithTrunkPolicy, n_critics=3, soft_min_alpha=0)
+    networks = [part.extractor for part in policy.bodies]
+    assert networks[0] is policy.actor_body.extractor
+    assert not any(th.equal(networks[0].scale, other.scale) for other in networks[1:])
+    assert not th.equal(networks[1].scale, networks[2].scale)
+    values = policy.evaluate(observations(), th.zeros(5)).values
+    assert values.shape == (5, 3)
+    assert len({tuple(column.tolist()) for column in values.T}) == 3
+
+
+@pytest.mark.parametrize("settings", [{"critic_tau": 0.1}, {"kl_reference": "initial"}])
+def test_a_network_of_ones_own_is_trained_and_loaded(settings: dict[str, Any], tmp_path: Path):
+    model = SAFE(WithTrunkPolicy, "CartPole-v1", n_steps=64, seed=0, **settings)
+    before = model.policy.actor_body.extractor.scale.detach().clone()
+    model.learn(128).save(tmp_path / "model")
+    assert not th.equal(before, model.policy.actor_body.extractor.scale)
+    loaded = SAFE.load(tmp_path / "model")
+    assert loaded.policy.bodies[0].extractor is loaded.policy.actor_body.extractor
+    for name, tensor in model.policy.state_dict().items():
+        assert th.equal(tensor, loaded.policy.state_dict()[name]), name
+
+
+class SharedNetPolicy(TwinCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.value_net = self.mlp_extractor.policy_net
+
+
+def test_a_network_that_actor_and_critic_share_stays_shared():
+    policy = make(SharedNetPolicy)
+    assert policy.bodies[0].extractor.value_net is policy.actor_body.extractor.policy_net
+    assert not th.equal(*(part.extractor.value_net[0].weight for part in policy.bodies))
+
+
+class HalfNetwork(nn.Module):
     latent_dim_pi = latent_dim_vf = 3
 
+    def forward_actor(self, features: th.Tensor) -> th.Tensor:
+        return features
 
-class OwnNetworkPolicy(TwinCriticPolicy):
+
+class HalfNetworkPolicy(TwinCriticPolicy):
     def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = OwnNetwork()
+        self.mlp_extractor = HalfNetwork()
 
 
-def test_a_network_that_no_critics_can_be_made_of_is_refused():
-    with pytest.raises(ValueError, match=r"OwnNetwork.*net_arch"):
-        make(OwnNetworkPolicy)
+def test_a_network_without_a_part_for_the_critic_is_refused():
+    with pytest.raises(ValueError, match=r"HalfNetwork.*forward_critic"):
+        make(HalfNetworkPolicy)
 
 
 def test_hooks_are_called():
