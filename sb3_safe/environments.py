@@ -125,14 +125,17 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             )
 
 
-def advertised_policy_kwargs(env: VecEnv, policy: str | None = None) -> dict[str, Any]:
+def advertised_policy_kwargs(env: VecEnv, policy: str | type | None = None) -> dict[str, Any]:
     """Arguments that the environment's metadata has for the policy it names; empty for any other policy.
 
     :param env: a vector environment.
-    :param policy: name of the policy that they are for; ``None``: of that which is named.
+    :param policy: the policy that they are for, by name, or a class of that name or derived from one; ``None``: that
+        which is named.
     """
     metadata = _metadata(env)
-    return dict(metadata.get("policy_kwargs", {})) if policy in (None, metadata.get("policy")) else {}
+    named = metadata.get("policy")
+    names = [ancestor.__name__ for ancestor in policy.__mro__] if isinstance(policy, type) else [policy or named]
+    return dict(metadata.get("policy_kwargs", {})) if named in names else {}
 
 
 def joined_policy_kwargs(advertised: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -182,8 +182,8 @@ class SAFE(ResumableAlgorithm):
                 policy = environments.fitting_policy(env)
             if isinstance(policy, str):
                 environments.check_policy(env, policy)
-                advertised = environments.advertised_policy_kwargs(env, policy)
-                policy_kwargs = environments.joined_policy_kwargs(advertised, policy_kwargs)
+            advertised = environments.advertised_policy_kwargs(env, policy)
+            policy_kwargs = environments.joined_policy_kwargs(advertised, policy_kwargs)
         super().__init__(
             policy,  # type: ignore[arg-type]
             env,  # type: ignore[arg-type]

@@ -42,6 +42,20 @@ def test_arguments_of_the_model_come_from_the_environment_and_from_the_policy(en
     assert lm.dtype == th.bfloat16
 
 
+class OwnPolicy(LanguagePolicy):
+    """As researchers derive one."""
+
+
+def test_a_policy_derived_from_the_one_that_is_named_gets_its_arguments(env_kwargs: dict[str, Any]) -> None:
+    env_kwargs = env_kwargs | {"min_new_tokens": 2}
+    env = environments.make("TextGenEnv-v0", 2, env_kwargs)
+    model = SAFE(OwnPolicy, env, n_steps=8, batch_size=8, policy_kwargs={"min_new_tokens": 3}, device="cpu")
+    assert model.policy_kwargs["model"] == env_kwargs["model"]
+    assert model.policy_kwargs["min_new_tokens"] == 3
+    with pytest.warns(UserWarning, match="min_new_tokens=4"):
+        model.set_env(environments.make("TextGenEnv-v0", 2, env_kwargs | {"min_new_tokens": 4}))
+
+
 def test_a_slot_is_stale_when_its_text_changed_though_not_its_length() -> None:
     slots = SlotCache(make_config("qwen2"), 3, 6, th.device("cpu"))
     ids = th.tensor([[5, 6, 7, 0, 0, 0], [5, 6, 8, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
