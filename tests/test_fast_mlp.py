@@ -734,3 +734,27 @@ def test_a_policy_that_is_traced_answers_other_observations():
     with th.no_grad():
         traced = th.jit.trace(policy, first, check_trace=False)
         assert_equal(traced(second)[1:2], policy(second)[1:2])
+
+
+class Deterministic(nn.Module):
+    """What SB3's guide exports."""
+
+    def __init__(self, policy: TwinCriticPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return self.policy(obs, deterministic=True)
+
+
+@EITHER_ACTIONS
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_a_policy_that_is_exported_answers_batches_of_any_size(action_space: spaces.Space[Any], with_gradient: bool):
+    policy, _ = both(action_space=action_space)
+    policy.set_training_mode(False)
+    module, batch = Deterministic(policy), th.export.Dim("batch")
+    with th.set_grad_enabled(with_gradient):
+        exported = th.export.export(module, (observations(number=3),), dynamic_shapes=({0: batch},))
+    with th.no_grad():
+        obs = observations(number=7)
+        assert_equal(exported.module()(obs), module(obs))
