@@ -301,6 +301,24 @@ def test_what_is_said_of_lunarlander_is_in_the_results() -> None:
     rows = CONTROL["tuned"]["tasks"]["LunarLander-v3"]
     assert "LunarLander (SAFE {:.0f} [{:.0f}, {:.0f}],".format(*rows["safe"]["final"]) in SAID
     assert "PPO {:.0f} [{:.0f}, {:.0f}])".format(*rows["ppo"]["final"]) in SAID
+    averages = [
+        f"{CONTROL[setting]['tasks']['LunarLander-v3'][algorithm]['average'][0]:.0f}"
+        for setting in ("tuned", "lr-x5", "clip-1", "lr-x20")
+        for algorithm in ("ppo", "safe")
+    ]
+    said = (
+        "at the tuned rate PPO averages {} and SAFE {}, at 5 times it {} and {}, "
+        "without clipping {} and {} (one seed), at 20 times the rate {} and {}."
+    )
+    assert said.format(*averages) in SAID
+    low = {}
+    for file in (ROOT / "benchmarks/results/control").glob("*/LunarLander-v3/*/*.json"):
+        curve = [value for value in json.loads(file.read_text())["curve"]["return"] if value is not None]
+        end = sum(curve[-6:]) / 6
+        if end < 230:
+            low[file.parts[-4], file.parts[-2], file.stem] = end
+    assert [key[:2] for key in sorted(low)] == [("lr-x20", "ppo"), *4 * [("tuned", "ppo")], ("tuned", "safe")]
+    assert f"({min(low.values()):.0f} to {max(low.values()):.0f})" in SAID
 
 
 def pairs_of_stress(settings: Iterable[str] = pages.STRESS) -> list[list[dict[str, Any]]]:
