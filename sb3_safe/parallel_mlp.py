@@ -1,7 +1,7 @@
 """Networks of one architecture side by side."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3.common.torch_layers import MlpExtractor
@@ -81,11 +81,9 @@ class Part(nn.Module):
 
 def side_by_side(networks: Sequence[nn.Module]) -> ParallelMlp | SerialMlp:
     """Networks of one architecture as one module, from ``[B, in]`` to ``[N, B, out]``."""
-    sequential = [network for network in networks if isinstance(network, nn.Sequential)]
-    if len(sequential) < len(networks):
-        return SerialMlp(networks)
-    plain = all(isinstance(layer, nn.Linear) or type(layer) in ELEMENTWISE for layer in sequential[0])
-    return ParallelMlp(sequential) if plain else SerialMlp(networks)
+    first = networks[0]
+    plain = isinstance(first, nn.Sequential) and all(type(layer) in (nn.Linear, *ELEMENTWISE) for layer in first)
+    return ParallelMlp(cast(Sequence[nn.Sequential], networks)) if plain else SerialMlp(networks)
 
 
 def architecture(network: nn.Module) -> list[Any]:
