@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_safe import SAFE
-from sb3_safe.parallel_mlp import ParallelMlp, SerialMlp
+from sb3_safe.parallel_mlp import ParallelMlp, SerialMlp, side_by_side
 from sb3_safe.policies import TwinCriticCnnPolicy, TwinCriticMultiInputPolicy, TwinCriticPolicy
 from tests.tiny_envs import ACTIONS, OBSERVATIONS
 
@@ -512,6 +512,18 @@ def test_further_critics_have_the_layers_of_the_first():
     assert not th.equal(first[0].weight, second[0].weight)
     values = policy.evaluate(observations(), th.zeros(5)).values.detach()
     assert values.shape == (5, 2)
+
+
+class Doubled(nn.Linear):
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        return 2 * super().forward(features)
+
+
+def test_a_layer_derived_from_linear_is_evaluated_as_it_is():
+    networks = [nn.Sequential(Doubled(3, 4), nn.Tanh()) for _ in range(2)]
+    features = th.randn(5, 3)
+    expected = th.stack([network(features) for network in networks])
+    th.testing.assert_close(side_by_side(networks)(features), expected)
 
 
 class WithTrunk(nn.Module):
