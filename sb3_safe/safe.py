@@ -599,18 +599,13 @@ class SAFE(ResumableAlgorithm):
     def _step(self, scale: float) -> bool:
         """A step along the gradient, ``scale`` times as long as it would be; not taken where that is not finite."""
         optimizer = self.policy.optimizer
-        limits: list[tuple[list[Tensor], float]] = [([], self.max_grad_norm)]
-        for group in optimizer.param_groups:
-            if "max_grad_norm" in group:  # a group may have a limit of its own; the others share one
-                limits.append((group["params"], group["max_grad_norm"]))
-            else:
-                limits[0][0].extend(group["params"])
-        norms = [th.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) for params, _ in limits]
+        limits = self.policy.gradient_limits(self.max_grad_norm)
+        norms = [th.nn.utils.get_total_norm(gradients) for gradients, _ in limits]
         if not all(math.isfinite(norm.item()) for norm in norms):
             return False
-        for (params, limit), norm in zip(limits, norms, strict=True):
+        for (gradients, limit), norm in zip(limits, norms, strict=True):
             if norm.item() > limit:
-                th.nn.utils.clip_grads_with_norm_(params, limit, norm)
+                th._foreach_mul_(gradients, limit / (norm + 1e-6))
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale
