@@ -600,11 +600,12 @@ class SAFE(ResumableAlgorithm):
         """A step along the gradient, ``scale`` times as long as it would be; not taken where that is not finite."""
         optimizer = self.policy.optimizer
         limits = self.policy.gradient_limits(self.max_grad_norm)
-        norms = [th.nn.utils.get_total_norm(gradients) for gradients, _ in limits]
-        if not all(math.isfinite(norm.item()) for norm in norms):
+        norms = [functional.total_norm(gradients) for gradients, _ in limits]
+        lengths = [norm.item() for norm in norms]
+        if not all(map(math.isfinite, lengths)):
             return False
-        for (gradients, limit), norm in zip(limits, norms, strict=True):
-            if norm.item() > limit:
+        for (gradients, limit), norm, length in zip(limits, norms, lengths, strict=True):
+            if length > limit:
                 th._foreach_mul_(gradients, limit / (norm + 1e-6))
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
