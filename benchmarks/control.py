@@ -1,8 +1,7 @@
 """SAFE against SB3's PPO, PPO with an early stop, and TRPO on nine control tasks: tuned, under stress, layer by layer.
 
-    python benchmarks/control.py run [--suite tuned|stress|ablation|limits] [--tasks ...] [--algorithms ...]
-                                     [--seeds 10] [--workers 2] [--time-limit SECONDS] [--long]
-                                     [--budget-scale 0.1]
+    python benchmarks/control.py run [--suite tuned|stress|ablation] [--tasks ...] [--algorithms ...] [--seeds 10]
+                                     [--workers 2] [--time-limit SECONDS] [--long] [--budget-scale 0.1]
     python benchmarks/control.py report
     python benchmarks/control.py random
 
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from control_run import RANDOM_FILE, RESULTS, measure_random_policy
-from control_settings import ALGORITHMS, SETTINGS, STRESS, TWO_LIMITS, VARIANTS, described
+from control_settings import ALGORITHMS, SETTINGS, STRESS, VARIANTS, described
 from runs import Run, exit_code, run_missing
 
 from sb3_safe.presets import preset
@@ -70,8 +69,6 @@ SUITES = {
     # Its runs of ppo and safe are those of the other suites.
     "ablation": Suite(("tuned", "lr-x5", "lr-x20"), ("CartPole-v1", "Pendulum-v1", "MountainCar-v0"),
                       ("ppo", "safe", *VARIANTS)),
-    # Likewise.
-    "limits": Suite(("tuned", *STRESS), SMALL, ("ppo", "safe", *TWO_LIMITS)),
 }  # fmt: skip
 
 

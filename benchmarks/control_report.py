@@ -43,7 +43,7 @@ from rl_statistics import FloatArray, interval, iqm, performance_profile, probab
 
 from sb3_safe.stability import SMOOTHING, crashes, dispersion, smooth
 
-ORDER = ("safe", "safe-two-limits", "ppo", "off-two-limits", "ppo-target-kl", "trpo", *VARIANTS)
+ORDER = ("safe", "ppo", "ppo-target-kl", "trpo", *VARIANTS)
 COLOURS = {"safe": "tab:red", "ppo": "tab:blue", "ppo-target-kl": "tab:green", "trpo": "tab:purple"}
 SCORES = ("final", "average")
 Cell = tuple[str, str]

@@ -80,17 +80,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "only-penalty-threshold": only("penalty", "threshold"),
     "only-preview": only("preview"),
 }
-# Critics that are clipped to a norm of their own, with all layers and with none.
-TWO_LIMITS: dict[str, dict[str, Any]] = {
-    "safe-two-limits": {"policy_kwargs": {"critic_max_grad_norm": 0.5}},
-    "off-two-limits": only() | {"policy_kwargs": {"n_critics": 1, "critic_max_grad_norm": 0.5}},
-}
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "ppo": (PPO, {}),
     "ppo-target-kl": (PPO, {"target_kl": 0.03}),
     "trpo": (TRPO, {}),
     "safe": (SAFE, {}),
-    **{name: (SAFE, arguments) for name, arguments in (VARIANTS | TWO_LIMITS).items()},
+    **{name: (SAFE, arguments) for name, arguments in VARIANTS.items()},
 }
 
 

@@ -87,9 +87,6 @@ POLICY: dict[str, Rule] = {
     "soft_min_alpha": Rule(
         "a number of at least 0 (0: minimum, inf: mean of the critics)", lambda value: _number(value) and value >= 0
     ),
-    "critic_max_grad_norm": Rule(
-        "a positive number (float('inf'): no clipping), or None for one limit with the policy", _positive, (None,)
-    ),
 }
 LEARN: dict[str, Rule] = {
     "total_timesteps": Rule("a number of at least 0", lambda value: _number(value) and value >= 0),

@@ -31,7 +31,7 @@ from sb3_safe import arguments, functional
 from sb3_safe.buffers import SafeSamples
 from sb3_safe.fast_loss import Objective
 from sb3_safe.fast_mlp import FastMlp, fast_path
-from sb3_safe.parallel_mlp import ParallelMlp, Part, architecture, parts, side_by_side
+from sb3_safe.parallel_mlp import Part, architecture, parts, side_by_side
 
 MEAN_ALPHA = 1e8
 """Temperature from which on the soft-min is the mean to single precision, in standard deviations of the return."""
@@ -59,8 +59,6 @@ class PessimisticCritics(nn.Module):
 
     n_critics: int
     soft_min_alpha: float
-    critic_max_grad_norm: float | None
-    optimizer: th.optim.Optimizer
     return_scale: Tensor
     rollout_is_approximate: bool = False
     """True if log-probabilities of the rollout are inexact (bfloat16) and must be recomputed before training."""
@@ -121,12 +119,10 @@ class PessimisticCritics(nn.Module):
         """
         return nullcontext()
 
-    def _init_critics(self, n_critics: int, soft_min_alpha: float, critic_max_grad_norm: float | None) -> None:
-        own = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha, "critic_max_grad_norm": critic_max_grad_norm}
-        arguments.checked(own, arguments.POLICY)
+    def _init_critics(self, n_critics: int, soft_min_alpha: float) -> None:
+        arguments.checked({"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}, arguments.POLICY)
         self.n_critics = n_critics
         self.soft_min_alpha = soft_min_alpha
-        self.critic_max_grad_norm = critic_max_grad_norm
         self.register_buffer("return_scale", th.ones(()))
 
     def fast_gradient(self, samples: SafeSamples, objective: Objective) -> dict[str, float] | None:
@@ -135,24 +131,6 @@ class PessimisticCritics(nn.Module):
         :return: means over the actions for the log; ``None``: there is no such way, and nothing has been done.
         """
         return None
-
-    def gradient_limits(self, max_grad_norm: float) -> list[tuple[list[Tensor], float]]:
-        """Gradients, in lists that are each clipped to a norm of its own.
-
-        Here those of the optimizer's groups that have a ``max_grad_norm``, and after them of all the others together.
-
-        :param max_grad_norm: the algorithm's.
-        :return: lists of gradients as they are in the parameters, or views of them, each with its limit.
-        """
-        shared: list[Tensor] = []
-        limits = []
-        for group in self.optimizer.param_groups:
-            gradients = _gradients(group["params"])
-            if "max_grad_norm" in group:
-                limits.append((gradients, group["max_grad_norm"]))
-            else:
-                shared.extend(gradients)
-        return [(shared, max_grad_norm), *limits]
 
     def log_others(self, obs: PyTorchObs, actions: Tensor, evaluation: Evaluation, rows: Tensor) -> Tensor:
         """``log(1 - pi)`` ``[n]`` of some discrete actions, nats, with gradient.
@@ -192,11 +170,8 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
 
     :param n_critics: number of value networks.
     :param soft_min_alpha: temperature of the soft-min, in running standard deviations of the return.
-    :param critic_max_grad_norm: the critics' gradient is clipped to this norm, on its own; ``None``: together with the
-        actor's, to the algorithm's ``max_grad_norm``, as in SB3. What actor and critics share counts as the critics'.
     :param kwargs: those of :class:`stable_baselines3.common.policies.ActorCriticPolicy`.
-    :raises ValueError: no critic, a negative temperature, a limit that is not positive, or an ``mlp_extractor``
-        without the two methods.
+    :raises ValueError: no critic, a negative temperature, or an ``mlp_extractor`` without the two methods.
     """
 
     copies: ClassVar[Mapping[str, str]] = {
@@ -217,15 +192,10 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         *args: Any,
         n_critics: int = 2,
         soft_min_alpha: float = 0.3,
-        critic_max_grad_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
         # Read by _build, which the base class calls from its constructor.
-        self._critic_arguments: dict[str, Any] = {
-            "n_critics": n_critics,
-            "soft_min_alpha": soft_min_alpha,
-            "critic_max_grad_norm": critic_max_grad_norm,
-        }
+        self._critic_arguments: dict[str, Any] = {"n_critics": n_critics, "soft_min_alpha": soft_min_alpha}
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -250,7 +220,6 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         self.value_weight = nn.Parameter(th.stack([head.weight.detach().t() for head in heads]))
         self.value_bias = nn.Parameter(th.stack([head.bias.detach()[None] for head in heads]))
         del self.mlp_extractor, self.value_net
-        self._split_parameters()
 
         self._fast: FastMlp | None = None
         self._distribution = self._known_distribution()
@@ -263,15 +232,6 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         if self.optimizer_class is th.optim.Adam and not {"foreach", "fused"} & set(kwargs):
             kwargs["fused"] = True  # one kernel a step instead of a dozen per parameter
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
-
-    def _split_parameters(self) -> None:
-        """Note, outside of the state, which parameters are the critics'; all others are the actor's."""
-        stacks = self.joint and isinstance(self.bodies, ParallelMlp)
-        #: The actor's first, then the critics', along the first axis.
-        self._stacked = list(self.bodies.parameters()) if stacks else []
-        bodies = [] if stacks else list(self.bodies.children())[1:] if self.joint else [self.bodies]
-        heads = {self.value_weight, self.value_bias}
-        self._critics_own = heads.union(*(part.parameters() for part in (*bodies, self.vf_features_extractor)))
 
     def _make_critic(self, first: nn.Module) -> tuple[nn.Module, nn.Linear]:
         """Another value network like the first, initialised as SB3 initialises its own."""
@@ -355,18 +315,6 @@ class TwinCriticPolicy(PessimisticCritics, ActorCriticPolicy):
         latent_pi, latent_vf, _ = self._latents(obs)
         log_prob, entropy = self._score(latent_pi, actions)
         return Evaluation(self._values(latent_vf), log_prob, entropy)
-
-    def gradient_limits(self, max_grad_norm: float) -> list[tuple[list[Tensor], float]]:
-        """See :meth:`PessimisticCritics.gradient_limits`."""
-        if self.critic_max_grad_norm is None:
-            return super().gradient_limits(max_grad_norm)
-        stacked = _gradients(self._stacked)
-        actors, critics = [gradient[:1] for gradient in stacked], [gradient[1:] for gradient in stacked]
-        noted = self._critics_own.union(self._stacked)
-        for group in self.optimizer.param_groups:
-            actors += _gradients(parameter for parameter in group["params"] if parameter not in noted)
-            critics += _gradients(parameter for parameter in group["params"] if parameter in self._critics_own)
-        return [(actors, max_grad_norm), (critics, self.critic_max_grad_norm)]
 
     def fast_gradient(self, samples: SafeSamples, objective: Objective) -> dict[str, float] | None:
         """See :meth:`PessimisticCritics.fast_gradient`."""
@@ -565,10 +513,6 @@ def check_policy_class(policy: type, known: Iterable[str]) -> None:
             f"policy={policy.__name__} overrides evaluate_actions, which training does not call: override "
             "evaluate, which tells the critics apart"
         )
-
-
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _any_begins(names: Iterable[str], beginning: str) -> bool:

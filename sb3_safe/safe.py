@@ -599,7 +599,13 @@ class SAFE(ResumableAlgorithm):
     def _step(self, scale: float) -> bool:
         """A step along the gradient, ``scale`` times as long as it would be; not taken where that is not finite."""
         optimizer = self.policy.optimizer
-        limits = self.policy.gradient_limits(self.max_grad_norm)
+        limits: list[tuple[list[Tensor], float]] = [([], self.max_grad_norm)]
+        for group in optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if "max_grad_norm" in group:  # a group may have a limit of its own; the others share one
+                limits.append((gradients, group["max_grad_norm"]))
+            else:
+                limits[0][0].extend(gradients)
         norms = [functional.total_norm(gradients) for gradients, _ in limits]
         lengths = [norm.item() for norm in norms]
         if not all(map(math.isfinite, lengths)):

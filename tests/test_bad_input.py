@@ -138,9 +138,7 @@ def test_arguments_of_a_part_are_a_dict(name: str, by_id: tuple[str, ...]):
             SAFE(*by_id, **{name: value})
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"n_critics": 2.0}, {"n_critics": None}, {"soft_min_alpha": "x"}, {"critic_max_grad_norm": -1}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{"n_critics": 2.0}, {"n_critics": None}, {"soft_min_alpha": "x"}], ids=str)
 def test_a_number_for_the_critics_that_does_not_fit_is_named(kwargs: dict[str, Any]):
     with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be a"):
         SAFE("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, **SMALL)

@@ -109,16 +109,6 @@ def test_each_layer_on_alone_leaves_the_others_off() -> None:
         assert alone == {name: value for name, value in off.items() if name != argument}
 
 
-def test_the_critics_limit_changes_nothing_else() -> None:
-    made = {name: SAFE("MlpPolicy", "CartPole-v1", **control_settings.ALGORITHMS[name][1])
-            for name in ("safe", "safe-two-limits", "safe-off", "off-two-limits")}  # fmt: skip
-    for name, without in (("safe-two-limits", "safe"), ("off-two-limits", "safe-off")):
-        assert (made[name].policy.critic_max_grad_norm, made[without].policy.critic_max_grad_norm) == (0.5, None)
-        assert made[name].policy.n_critics == made[without].policy.n_critics
-        assert made[name].huber_delta == made[without].huber_delta
-        assert type(made[name].controller) is type(made[without].controller)
-
-
 # -- stress ------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ from textgen_env.resolve import as_name
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sb3_safe import arguments
 from sb3_safe.language.adapters import LORA_FROM, Adapters, lora_arguments
 from sb3_safe.language.body import check_length, hidden_states
 from sb3_safe.language.buffer import SegmentBuffer
@@ -59,8 +58,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
     :param soft_min_alpha: temperature of the soft-min, in running standard deviations of the return.
     :param critic_gradient: share of the critics' gradient that reaches the language model, 0 to 1.
     :param critic_rate: learning rate of the heads, in multiples of the policy's.
-    :param critic_max_grad_norm: the heads' gradient is clipped to this norm, on its own; ``None``: together with the
-        policy's, to the algorithm's ``max_grad_norm``.
+    :param critic_max_grad_norm: the heads' gradient is clipped to this norm, on its own.
     :param lora: train low-rank adapters, not the model: ``True`` for rank 128, or arguments of ``peft.LoraConfig``;
         ``"auto"``: for models of 300 million parameters or more. The model without its adapters is the reference.
     :param gradient_checkpointing: keep no activations within a layer for the backward pass, but compute them again:
@@ -95,7 +93,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
         soft_min_alpha: float = 0.3,
         critic_gradient: float = 0.0,
         critic_rate: float = 1.0,
-        critic_max_grad_norm: float | None = 0.5,
+        critic_max_grad_norm: float = 0.5,
         lora: bool | Mapping[str, Any] | Literal["auto"] = "auto",
         gradient_checkpointing: bool = False,
         cuda_graphs: bool = True,
@@ -155,7 +153,7 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
             checkpoint_layers(lm)
         # In low precision, one token at a time rounds otherwise than whole texts do.
         self.rollout_is_approximate = lm.dtype != th.float32
-        self._init_critics(n_critics, soft_min_alpha, critic_max_grad_norm)
+        self._init_critics(n_critics, soft_min_alpha)
         self.heads = nn.ModuleList([ValueHead(config.hidden_size) for _ in range(n_critics)])
         accelerate(self)
         self.target_heads: nn.ModuleList | None = None
@@ -170,10 +168,9 @@ class LanguagePolicy(PessimisticCritics, BasePolicy):
                 "params": list(self.heads.parameters()),
                 "lr": rate * critic_rate,
                 "rate_factor": critic_rate,
+                "max_grad_norm": critic_max_grad_norm,
             },
         ]
-        if critic_max_grad_norm is not None:
-            groups[1]["max_grad_norm"] = critic_max_grad_norm
         self.optimizer = optimizer_class(groups, **self.optimizer_kwargs)
 
     @classmethod
@@ -449,7 +446,7 @@ def _check_observations(observation_space: spaces.Space[Any]) -> None:
 
 
 def _check(
-    model: str | None, critic_gradient: float, critic_rate: float, critic_max_grad_norm: float | None, use_sde: bool
+    model: str | None, critic_gradient: float, critic_rate: float, critic_max_grad_norm: float, use_sde: bool
 ) -> None:
     if model is None:
         raise ValueError("policy_kwargs: model is missing; an environment like TextGenEnv-v0 names it in its metadata")
@@ -457,6 +454,7 @@ def _check(
         raise ValueError(f"critic_gradient must be in [0, 1], got {critic_gradient}")
     if not critic_rate > 0:
         raise ValueError(f"critic_rate must be positive, got {critic_rate}")
-    arguments.checked({"critic_max_grad_norm": critic_max_grad_norm}, arguments.POLICY)
+    if not critic_max_grad_norm > 0:
+        raise ValueError(f"critic_max_grad_norm must be positive, got {critic_max_grad_norm}")
     if use_sde:
         raise ValueError("use_sde is for continuous actions, not for tokens")
