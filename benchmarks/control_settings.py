@@ -1,6 +1,7 @@
 """What the control benchmark compares: algorithms, stress on their hyperparameters, SAFE's layers; a run by name."""
 
 import inspect
+import math
 from typing import Any
 
 from runs import Run
@@ -71,6 +72,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "safe-no-preview": without("preview"),
     "safe-constant": {"kl_controller_kwargs": {"threshold": "constant"}},
     "safe-paper": {"kl_controller_kwargs": {"threshold": "paper"}},
+    # Two critics, of which the mean is used: without their pessimism; and with the most of it.
+    "safe-mean": {"policy_kwargs": {"soft_min_alpha": math.inf}},
+    "safe-min": {"policy_kwargs": {"soft_min_alpha": 0.0}},
     "safe-off": only(),
     "only-soft-min": only("soft-min"),
     "only-huber": only("huber"),
@@ -167,4 +171,6 @@ def plain(value: Any) -> Any:
         return f"lin_{value.start:.6g}"
     if isinstance(value, type):
         return value.__name__
+    if isinstance(value, float) and not math.isfinite(value):  # which JSON has no word for
+        return repr(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,6 +1,7 @@
 """The control benchmark: what it runs, that its stress is what it says, and a tiny run of it from end to end."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def test_each_layer_off_alone_and_all_off_is_ppo() -> None:
     assert not off["safe-no-gate"].controller.entropy_gate
     assert off["safe-no-preview"].max_preview_kl is None
     assert off["safe-constant"].controller.threshold_rule == "constant"
+    assert off["safe-mean"].policy.soft_min_alpha == math.inf
+    assert off["safe-min"].policy.soft_min_alpha == 0
     assert off["safe-paper"].controller.threshold_rule == "paper"
     nothing = off["safe-off"]
     assert (nothing.policy.n_critics, nothing.huber_delta, nothing.max_preview_kl) == (1, None, None)
