@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from control_run import RANDOM_FILE, RESULTS, measure_random_policy
-from control_settings import ALGORITHMS, SETTINGS, STRESS, VARIANTS, described
+from control_settings import ABLATED, ALGORITHMS, SETTINGS, STRESS, VARIANTS, described
 from runs import Run, exit_code, run_missing
 
 from sb3_safe.presets import preset
@@ -67,8 +67,7 @@ SUITES = {
     "tuned": Suite(("tuned",), tuple(TASKS), ("ppo", "safe", "ppo-target-kl", "trpo")),
     "stress": Suite(STRESS, SMALL, ("ppo", "safe", "ppo-target-kl")),
     # Its runs of ppo and safe are those of the other suites.
-    "ablation": Suite(("tuned", "lr-x5", "lr-x20"), ("CartPole-v1", "Pendulum-v1", "MountainCar-v0"),
-                      ("ppo", "safe", *VARIANTS)),
+    "ablation": Suite(("tuned", "lr-x5", "lr-x20"), ABLATED, ("ppo", "safe", *VARIANTS)),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from control_run import RANDOM_FILE
-from control_settings import SETTINGS, STRESS, VARIANTS
+from control_settings import ABLATED, SETTINGS, STRESS, VARIANTS
 from reporting import (
     Runs,
     digits,
@@ -159,7 +159,7 @@ class Report:
         found = {
             "all tasks": compared,
             "small tasks": [task for task in compared if task in small],
-            "ablation": [task for task in compared if set(tasks[task]) & set(VARIANTS)],
+            "ablation": [task for task in compared if task in ABLATED and set(tasks[task]) & set(VARIANTS)],
         }
         # A group that is another one by another name says nothing new.
         names = {tuple(group): name for name, group in reversed(found.items()) if group}

@@ -36,6 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 STRESS = tuple(name for name, stress in SETTINGS.items() if stress)
 
+ABLATED = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0")
+"""Tasks of the ablation suite: what its aggregates are over, whatever other task a variant was tried on."""
+
 # A layer of SAFE, and what turns it off. With all of them off SAFE is PPO.
 LAYERS: dict[str, dict[str, Any]] = {
     "soft-min": {"policy_kwargs": {"n_critics": 1}},
