@@ -68,7 +68,7 @@ SUITES = {
     "stress": Suite(STRESS, SMALL, ("ppo", "safe", "ppo-target-kl")),
     # Its runs of ppo and safe are those of the other suites.
     "ablation": Suite(("tuned", "lr-x5", "lr-x20"), ABLATED, ("ppo", "safe", *VARIANTS)),
-}  # fmt: skip
+}
 
 
 def plan(options: argparse.Namespace) -> Iterator[Run]:

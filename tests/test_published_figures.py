@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import control_report  # noqa: E402
 import pages  # noqa: E402
 import rlhf_report  # noqa: E402
 from rlhf_settings import PRICED  # noqa: E402
@@ -222,6 +223,35 @@ def test_what_is_said_of_the_layers_on_cartpole_is_in_the_results() -> None:
     assert f"Huber loss alone has {averages['only-huber']} and {alone[1]['crashes']}." in SAID
     assert f"Without the second critic SAFE crashes {off[0]['crashes']} times," in SAID
     assert {row["crashes"] for row in off[1:]} == {3, 4}
+
+
+def test_what_is_said_of_the_critics_pessimism_is_in_the_results() -> None:
+    def interval(setting: str, task: str, name: str, what: str = "average") -> str:
+        return "{:.0f} [{:.0f}, {:.0f}]".format(*CONTROL[setting]["tasks"][task][name][what])
+
+    pole, pendulum = (CONTROL["lr-x20"]["tasks"][task] for task in ("CartPole-v1", "Pendulum-v1"))
+    crashes = {name: (f"{pole[name]['average'][0]:.0f}", pole[name]["crashes"]) for name in ("safe-mean", "safe-min")}
+    mean, least = crashes.values()
+    assert f"(`soft_min_alpha=inf`) SAFE averages {mean[0]} and crashes {mean[1]} times," in SAID
+    assert f"with the lower of them (`0`) {least[0]} and {least[1]};" in SAID
+    lower, whole = (f"{pendulum[name]['average'][0]:.0f}" for name in ("safe-min", "safe"))
+    said = f"on Pendulum with the mean {interval('lr-x20', 'Pendulum-v1', 'safe-mean')}, with the lower {lower}"
+    assert f"{said} (five seeds; SAFE {whole})." in SAID
+    assert {pendulum[name]["seeds"] for name in ("safe-mean", "safe-min")} == {5}
+    ends = [interval("reward-noise", "CartPole-v1", name, "final") for name in ("safe-mean", "safe")]
+    assert f"ends CartPole at {ends[0]}, the soft-min at {ends[1]}:" in SAID
+    folder = ROOT / "benchmarks/results/control/reward-noise/CartPole-v1"
+    low = {
+        name: sum(
+            control_report.measures(json.loads(file.read_text()), random_return=0.0)["final"] < 400
+            for file in (folder / name).glob("*.json")
+        )
+        for name in ("safe-mean", "safe")
+    }
+    assert low == {"safe-mean": 3, "safe": 0}
+    assert "three of ten runs end below 400, with the soft-min none." in SAID
+    speeds = [interval("lr-x5", "LunarLander-v3", name) for name in ("safe-mean", "safe", "ppo")]
+    assert "is {} with the mean, {} with the soft-min, PPO's {} (three seeds).".format(*speeds) in SAID
 
 
 def test_what_is_said_of_pendulum_the_threshold_and_crashes_is_in_the_results() -> None:
