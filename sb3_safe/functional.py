@@ -227,15 +227,3 @@ def normalize(advantages: Tensor) -> Tensor:
         return advantages
     std, mean = th.std_mean(advantages)
     return (advantages - mean) / (std + 1e-8)
-
-
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all numbers of all tensors; that of :func:`torch.nn.utils.get_total_norm`, in half the time.
-
-    :param tensors: of any shapes, on any devices; none: a norm of 0.
-    :return: a scalar on the device of the first.
-    """
-    if not tensors:
-        return th.zeros(())
-    norms = [norm.to(tensors[0].device) for norm in th._foreach_norm(tensors)]
-    return th.linalg.vector_norm(th.stack(norms))  # type: ignore[no-any-return]

@@ -601,18 +601,16 @@ class SAFE(ResumableAlgorithm):
         optimizer = self.policy.optimizer
         limits: list[tuple[list[Tensor], float]] = [([], self.max_grad_norm)]
         for group in optimizer.param_groups:
-            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             if "max_grad_norm" in group:  # a group may have a limit of its own; the others share one
-                limits.append((gradients, group["max_grad_norm"]))
+                limits.append((group["params"], group["max_grad_norm"]))
             else:
-                limits[0][0].extend(gradients)
-        norms = [functional.total_norm(gradients) for gradients, _ in limits]
-        lengths = [norm.item() for norm in norms]
-        if not all(map(math.isfinite, lengths)):
+                limits[0][0].extend(group["params"])
+        norms = [th.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) for params, _ in limits]
+        if not all(math.isfinite(norm.item()) for norm in norms):
             return False
-        for (gradients, limit), norm, length in zip(limits, norms, lengths, strict=True):
-            if length > limit:
-                th._foreach_mul_(gradients, limit / (norm + 1e-6))
+        for (params, limit), norm in zip(limits, norms, strict=True):
+            if norm.item() > limit:
+                th.nn.utils.clip_grads_with_norm_(params, limit, norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale

@@ -369,13 +369,3 @@ def test_what_is_known_of_a_log_probability_alone_is_finite_at_the_ends():
     assert th.isfinite(gradient).all()
     assert complement.min().item() > -14
     np.testing.assert_allclose(complement[3:].detach(), [np.log1p(-np.exp(-1)), 0], atol=1e-5)
-
-
-@given(st.lists(st.sampled_from([(), (0,), (3,), (2, 4), (1, 1, 5)]), max_size=6))
-def test_the_norm_of_all_is_that_of_pytorch(shapes: list[tuple[int, ...]]):
-    tensors = [1e3 * th.randn(shape) for shape in shapes]
-    assert th.equal(functional.total_norm(tensors), th.nn.utils.get_total_norm(tensors))
-    expected = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-    assert float(functional.total_norm(tensors)) == pytest.approx(expected, rel=1e-5)
-    tensors.append(th.tensor([1.0, math.nan]))
-    assert not math.isfinite(functional.total_norm(tensors))
