@@ -174,6 +174,5 @@ def plain(value: Any) -> Any:
         return f"lin_{value.start:.6g}"
     if isinstance(value, type):
         return value.__name__
-    if isinstance(value, float) and not math.isfinite(value):  # which JSON has no word for
-        return repr(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+    known = value is None or (isinstance(value, bool | int | float | str) and value != math.inf)
+    return value if known else repr(value)  # JSON has no word for infinity

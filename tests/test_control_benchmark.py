@@ -98,6 +98,12 @@ def test_each_layer_off_alone_and_all_off_is_ppo() -> None:
     assert nothing.critic_tau == 1
 
 
+@pytest.mark.parametrize("name", control_settings.ALGORITHMS)
+def test_what_describes_a_run_is_the_same_when_read_from_its_file(name: str) -> None:
+    described = control_settings.described(run_of(name))
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+
+
 def test_each_layer_on_alone_leaves_the_others_off() -> None:
     penalty = control_settings.VARIANTS["only-penalty"]
     assert penalty == {
