@@ -62,7 +62,9 @@ def test_what_is_said_of_ppos_other_forms_is_in_the_results() -> None:
         task: [[rate[task][name]["final_gold"][0] for name in ("ppo", "ppo-target-kl", "published")] for rate in rates]
         for task in pages.RLHF_TASKS
     }
-    assert all(max(*fast, *faster) < 0.005 for _, fast, faster in unpriced.values())
+    _, fast, faster = (max(max(ends[rate]) for ends in unpriced.values()) for rate in range(len(rates)))
+    assert f"ends at 0 at 10 times the rate on every task, at {fast:.2f} or less at 3 times it," in SAID
+    assert faster < 0.005
     assert all(max(unpriced[task][0]) < start[task]["gold"] for task in ("embedded", "length"))
     assert f"least to hack, at {max(unpriced['sparse'][0]):.2f} or less." in SAID
     for task in pages.RLHF_TASKS:
