@@ -344,8 +344,8 @@ def test_what_is_said_of_lunarlander_is_in_the_results() -> None:
     learned = ("tuned", "lr-x5", "lr-x20", "clip-1", "epochs-x4")
     assert {rows[setting]["ppo"]["seeds"] for setting in set(pages.STRESS) - {"lr-x5", "lr-x20"}} == {2}
     assert (
-        "at the tuned rate PPO averages {} and SAFE {}, at 5 times it {} and {}, at 20 times {} and {}, without clipping "
-        "{} and {}, with four times the epochs {} and {}."
+        "at the tuned rate PPO averages {} and SAFE {}, at 5 times it {} and {}, at 20 times {} and {}, without "
+        "clipping {} and {}, with four times the epochs {} and {}."
     ).format(*(value for setting in learned for value in averages[setting])) in SAID
     lost = {setting for setting in learned if int(averages[setting][1]) < 0.9 * int(averages[setting][0])}
     assert lost == {"lr-x5"} and "LunarLander at 5 times the rate, where both learn and PPO does faster." in SAID
