@@ -95,7 +95,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
         An environment without ``VecNormalize`` is wrapped in the saved one if there was one: without its statistics
         the policy would see numbers it has never seen in training. For the same reason a ``VecNormalize`` that is there
-        and has seen nothing yet takes the saved statistics. An environment that comes later, by ``set_env``, likewise.
+        and has seen nothing yet takes the saved statistics, of observations by key with the keys. An environment that
+        comes later, by ``set_env``, likewise.
         Where an environment asks for another policy than the model has, there is a warning, and the model's stays.
         The controller goes on where it was; a default ``tau_base`` is recomputed if the rollout size changes.
 
@@ -165,8 +166,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
         elif own.ret_rms.count < 1:  # such as the Zoo's, where a run was stopped before it wrote its statistics
             own.ret_rms = copy.deepcopy(saved.ret_rms)
-            if own.norm_obs and saved.norm_obs:
-                own.obs_rms = copy.deepcopy(saved.obs_rms)
+            if own.norm_obs and saved.norm_obs:  # with them, of observations by key, the keys that they are of
+                own.obs_rms, own.norm_obs_keys = copy.deepcopy((saved.obs_rms, saved.norm_obs_keys))
         self._normalizer = None
 
     @contextmanager

@@ -599,6 +599,26 @@ def test_a_normaliser_that_has_seen_nothing_takes_the_statistics_of_the_file(tmp
     assert envs.ret_rms.var == trained_in.ret_rms.var
 
 
+class TwoKeys(gym.ObservationWrapper[Any, Any, Any]):
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+        box = self.env.observation_space
+        self.observation_space = gym.spaces.Dict({"here": box, "doubled": box})
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        return {"here": observation, "doubled": 2 * observation}
+
+
+def test_a_normaliser_that_has_seen_nothing_takes_the_keys_that_were_normalised(tmp_path: Path):
+    """Otherwise it would look for statistics that nobody took, or leave raw what the policy knows normalised."""
+    first = VecNormalize(DummyVecEnv([TwoKeys]), norm_obs_keys=["here"])
+    SAFE("MultiInputPolicy", first, **SETTINGS).learn(64).save(tmp_path / "model")
+    envs = VecNormalize(DummyVecEnv([TwoKeys]), norm_obs_keys=["doubled"])
+    SAFE.load(tmp_path / "model", env=envs).learn(32, reset_num_timesteps=False)
+    assert envs.norm_obs_keys == ["here"]
+    assert envs.obs_rms["here"].count > first.obs_rms["here"].count
+
+
 def test_a_normaliser_with_statistics_of_its_own_keeps_them(tmp_path: Path):
     SAFE("MlpPolicy", VecNormalize(make_vec_env("CartPole-v1", seed=0)), **SETTINGS).learn(64).save(tmp_path / "model")
     envs = VecNormalize(make_vec_env("CartPole-v1", seed=1))
